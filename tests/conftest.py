@@ -1,0 +1,23 @@
+"""Helpers that every test file uses."""
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def load_stage(name):
+    """Import a numbered script, such as load_stage("00_prepare_data")."""
+    spec = importlib.util.spec_from_file_location(f"stage_{name}", ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_stage(script, *args, env=None):
+    """Run a script as a user does; returns its CompletedProcess with text output. env adds to the environment."""
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], text=True, encoding="utf-8",
+                          capture_output=True, env=os.environ | (env or {}))

@@ -1,0 +1,106 @@
+# make all            the whole pipeline on the bundled sample: no key, no GPU, no network after the install; 3 minutes on two cores
+# make all DATA_SOURCE=miracl LANGS="sw te" RETRIEVERS="intfloat/multilingual-e5-large BAAI/bge-m3" FUSION=concat ENCODER=BAAI/bge-m3 LLM=NAME
+#                     the same on real data and models, with the server that OPENAI_BASE_URL and OPENAI_API_KEY name
+# make test           the tests (15 minutes on two cores)
+# make data | candidates | filtered | augmented | topics | model | eval     up to one stage
+# make sample         write sample/data and sample/truth again from the fact tables, to the same bytes
+# make clean          remove what `make all` made for $(DATA) and $(RUN); the cache of embeddings and answers stays
+
+# Variables, each to be set on the command line:
+DATA_SOURCE ?= sample
+# ^ sample, miracl, beir, squad or tevatron (00_prepare_data.py)
+DATA_ROOT ?=
+# ^ folder or file with the source; empty: the hub for miracl, the bundled files for sample
+LANGS ?=
+# ^ languages, as in LANGS="sw te"; empty: all there are
+NAME := $(if $(DATA_ROOT),$(basename $(notdir $(patsubst %/,%,$(DATA_ROOT)))),$(DATA_SOURCE))
+DATA ?= data/$(NAME)
+# ^ the prepared collection
+RUN ?= runs/$(NAME)
+# ^ what the stages make
+ENCODER ?= models/$(NAME)
+# ^ encoder to start from; the default is a small one, built on the spot from the collection itself
+RETRIEVERS ?= bm25 $(ENCODER)
+# ^ the ensemble of stage 01
+FUSION ?= $(if $(filter bm25,$(RETRIEVERS)),rrf,concat)
+# ^ rrf where bm25 is in the ensemble, else concat (Sec. 3.3)
+LLM ?= offline-stand-in
+# ^ judge and generator; the default is offline_llm.py, classical methods that only stand in for a language model
+DEPTH ?= 40
+# ^ candidates per query
+N ?= 30
+# ^ negatives per query
+TOPICS ?= 12
+# ^ clusters
+EPOCHS ?= $(if $(SMALL),12,20)
+# ^ passes over the training queries
+BATCH ?= 24
+# ^ queries a step
+SEED ?= 13
+# ^ seed of every random draw
+CACHE ?= cache
+# ^ embeddings and answers
+
+SMALL := $(filter models/$(NAME),$(ENCODER))
+# a small encoder from scratch wants other steps than a large pretrained one (whose defaults are the paper's)
+TRAIN ?= $(if $(SMALL),--lr 1e-3 --temperature 0.05)
+PYTHON ?= python3
+PY := .venv/bin/python
+COMMON := --seed $(SEED) $(if $(LANGS),--lang $(LANGS))
+SERVED := $(PY) $(if $(filter offline-stand-in,$(LLM)),offline_llm.py --exec $(PY))
+
+.PHONY: all data encoder candidates filtered augmented topics model eval test sample clean help FORCE
+FORCE:
+
+# Every stage is started each time: it knows by the digests of its inputs, models and arguments whether it has work to do.
+all: eval
+
+data: $(DATA)/train.jsonl
+encoder: $(SMALL)
+candidates filtered augmented topics: %: $(RUN)/%.jsonl
+model: $(RUN)/model
+eval: $(RUN)/eval/metrics.json
+
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet -r requirements.txt
+	touch $@
+
+$(DATA)/train.jsonl: .venv/installed FORCE
+	$(PY) 00_prepare_data.py --source $(DATA_SOURCE) $(if $(DATA_ROOT),--root $(DATA_ROOT)) --out $(DATA) $(COMMON)
+
+models/$(NAME): $(DATA)/train.jsonl FORCE
+	$(PY) sample/make_encoder.py --data $(DATA) --out $@ $(COMMON)
+
+$(RUN)/candidates.jsonl: $(DATA)/train.jsonl $(SMALL) FORCE
+	$(PY) 01_mine_candidates.py --data $(DATA) --retrievers $(RETRIEVERS) --fusion $(FUSION) --depth $(DEPTH) --cache $(CACHE) --out $@ $(COMMON)
+
+$(RUN)/filtered.jsonl: $(RUN)/candidates.jsonl FORCE
+	$(SERVED) 02_filter_false_negatives.py --input $< --llm $(LLM) --cache $(CACHE) --out $@ $(COMMON)
+
+$(RUN)/augmented.jsonl: $(RUN)/filtered.jsonl FORCE
+	$(SERVED) 03_generate_negatives.py --input $< --data $(DATA) --retrievers $(RETRIEVERS) --fusion $(FUSION) --llm $(LLM) --target $(N) --cache $(CACHE) --out $@ $(COMMON)
+
+$(RUN)/topics.jsonl: $(RUN)/augmented.jsonl FORCE
+	$(PY) 04_cluster_topics.py --input $< --encoder $(ENCODER) --topics $(TOPICS) --cache $(CACHE) --out $@ $(COMMON)
+
+$(RUN)/model: $(RUN)/topics.jsonl FORCE
+	$(PY) 05_train.py --input $< --encoder $(ENCODER) --epochs $(EPOCHS) --batch-size $(BATCH) $(TRAIN) --out $@ $(COMMON)
+
+$(RUN)/eval/metrics.json: $(RUN)/model FORCE
+	$(PY) 06_eval.py --data $(DATA) --models bm25 $(ENCODER) $(RUN)/model --baseline $(ENCODER) --cache $(CACHE) --out $(RUN)/eval $(COMMON)
+
+test: .venv/installed
+	$(PY) -m pytest -q tests
+
+sample: .venv/installed
+	$(PY) sample/make_sample.py
+
+clean:
+	rm -rf $(DATA) $(RUN) $(SMALL)
+
+help:
+	@sed -n '/^# make /,/^$$/s/^# //p' Makefile
+	@echo "Variables:"
+	@awk '/^[A-Z_]+ \?=/{v=$$1; sub(/^[A-Z_]+ \?= ?/,""); d=$$0} /^# \^ /{sub(/^# \^ /,""); printf "  %-12s %s [%s]\n", v, $$0, d}' Makefile

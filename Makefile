@@ -32,7 +32,7 @@ N ?= 30
 # ^ negatives per query
 TOPICS ?= 12
 # ^ clusters
-EPOCHS ?= $(if $(SMALL),12,20)
+EPOCHS ?= $(if $(SMALL),8,20)
 # ^ passes over the training queries
 BATCH ?= 24
 # ^ queries a step

@@ -6,9 +6,10 @@ Writes  OUT/data/ corpus/<lang>.jsonl, train.jsonl, dev.jsonl, qrels/<split>/<la
 Usage   python sample/make_sample.py                                       (writes sample/data and sample/truth again, to the same bytes)
         python sample/make_sample.py --scale 1000000 --lang sw --out data/big   (invented entities, for measuring memory and speed)
 
-Each entity has four passages. Two state two of its four facts each; two more state them again in other words. A question
-about a fact is answered by two passages, but for most training queries only one is labelled: the other is a planted false
-negative. The rest of the entity's passages, and the same fact of its neighbours, are the hard negatives.
+Each entity has four passages on its four facts. The questions of a language ask for two of the facts of each topic. Of half
+of the entities these are told twice, the second time in other words, but for most training queries only one of the two
+passages is labelled: the other is a planted false negative. Of the other half they are told once, in other words, so that
+there is something to learn. An entity's other passages, and the same fact of its neighbours, are the hard negatives.
 """
 import argparse
 import json
@@ -23,7 +24,8 @@ HERE = Path(__file__).resolve().parent
 SIZES = {"en": (64, 60, 24), "es": (56, 48, 22), "ru": (52, 44, 22), "zh": (52, 44, 20), "fr": (50, 40, 20), "ja": (46, 36, 20),
          "ar": (46, 36, 20), "id": (44, 30, 20), "fa": (42, 28, 20), "ko": (42, 26, 20), "fi": (40, 24, 18), "hi": (40, 24, 18),
          "bn": (36, 16, 16), "te": (32, 12, 16), "th": (30, 10, 16), "sw": (24, 8, 16)}
-ONE_LABEL = 0.6    # share of training queries with only one of their relevant passages labelled
+TOLD_TWICE = 0.5   # share of entities whose facts are told twice
+ONE_LABEL = 0.8    # share of the training queries about them with only one of the two passages labelled
 HUMAN_JUDGED = 0.3  # share of training queries with a passage that people judged non-relevant
 
 
@@ -68,17 +70,17 @@ class Language:
         return text[0].upper() + text[1:]
 
 
-def tell(language, topic, entity, facts, article, order):
-    """The four passages of an entity: [({docid, title, text}, {attributes they state})], attributes paired as in order."""
-    a, b, c, d = order
-    plan = [((a, b), 0, 0), ((c, d), 0, 1), ((a, c), 1, 2), ((b, d), 1, None)]
-    passages = []
-    for n, (attributes, wording, about) in enumerate(plan):
-        patterns = language.patterns[topic]
-        sentences = [language.sentence(patterns["about"][about], entity)] if about is not None else []
-        sentences += [language.sentence(patterns[x]["say"][wording], entity, facts[x]) for x in attributes]
-        passages.append(({"docid": f"{article}#{n}", "title": language.title(entity), "text": language.space.join(sentences)},
-                         set(attributes)))
+def tell(language, topic, entity, facts, article, asked, twice):
+    """The four passages of an entity: [({docid, title, text}, {attributes they state})]; asked are the two to ask for."""
+    (a, c), (b, d) = asked, sorted(set(facts) - set(asked))
+    # a sentence is (attribute, wording): wording 0 is near the question's, wording 1 says it in other words
+    plan = [[(a, 0), (b, 0)], [(c, 0), (d, 0)], [(a, 1), (c, 1)]] if twice else [[(b, 0), (d, 0)], [(a, 1)], [(c, 1)]]
+    patterns, passages = language.patterns[topic], []
+    for n, sentences in enumerate([*plan, [(b, 1), (d, 1)]]):
+        told = [language.sentence(patterns["about"][n], entity)] if n < 3 else []
+        told += [language.sentence(patterns[x]["say"][wording], entity, facts[x]) for x, wording in sentences]
+        passages.append(({"docid": f"{article}#{n}", "title": language.title(entity), "text": language.space.join(told)},
+                         {x for x, _ in sentences}))
     return passages
 
 
@@ -90,12 +92,12 @@ def make_language(lang, facts, seed):
     chosen = []
     while len(chosen) < n_entities:  # one of each topic in turn
         chosen += [(topic, queue.pop()) for topic, queue in queues.items() if queue]
+    to_ask = {topic: draw.sample(sorted(next(iter(entities.values()))), 2) for topic, entities in facts.items()}
     corpus, questions = [], []
     for article, (topic, entity) in enumerate(chosen[:n_entities], 1):
-        attributes = draw.sample(sorted(facts[topic][entity]), 4)
-        passages = tell(language, topic, entity, facts[topic][entity], article, attributes)
+        passages = tell(language, topic, entity, facts[topic][entity], article, to_ask[topic], draw.random() < TOLD_TWICE)
         corpus += [p for p, _ in passages]
-        for attribute in attributes:
+        for attribute in to_ask[topic]:
             ask = draw.choice(language.patterns[topic][attribute]["ask"])
             questions.append((language.sentence(ask, entity), [p for p, told in passages if attribute in told],
                               [p for p, told in passages if attribute not in told]))
@@ -106,7 +108,7 @@ def make_language(lang, facts, seed):
         made[split] = []
         for number, (query, relevant, others) in enumerate(asked, 1 if split == "train" else 1001):
             labelled, judged = relevant, []
-            if split == "train" and draw.random() < ONE_LABEL:
+            if split == "train" and len(relevant) > 1 and draw.random() < ONE_LABEL:
                 labelled = [draw.choice(relevant)]
             if split == "dev" or draw.random() < HUMAN_JUDGED:
                 judged = [draw.choice(others)]
@@ -168,9 +170,10 @@ def make_scaled(out, seed, n_passages, n_queries, lang):
             entity = f"{invent(draw)} {article}"
             values = {a: draw.randrange(1, 5000) if isinstance(known[0], int) else draw.choice(known)
                       for a, known in kinds[topic].items()}
-            told = tell(language, topic, entity, values, article, draw.sample(sorted(values), 4))
+            asked = draw.sample(sorted(values), 2)
+            told = tell(language, topic, entity, values, article, asked, twice=True)
             if article % every == 0 and len(queries) < n_queries:
-                attribute = draw.choice(sorted(told[0][1]))
+                attribute = asked[0]
                 ask = language.sentence(draw.choice(language.patterns[topic][attribute]["ask"]), entity)
                 queries.append(to_json({"query_id": str(article), "lang": lang, "query": ask, "positive_passages": [told[0][0]],
                                         "negative_passages": []}))

@@ -92,7 +92,7 @@ $(RUN)/eval/metrics.json: $(RUN)/model FORCE
 	$(PY) 06_eval.py --data $(DATA) --models bm25 $(ENCODER) $(RUN)/model --baseline $(ENCODER) --cache $(CACHE) --out $(RUN)/eval $(COMMON)
 
 test: .venv/installed
-	$(PY) -m pytest -q tests
+	$(PY) -m pytest -q -n 2 --dist loadfile tests
 
 sample: .venv/installed
 	$(PY) sample/make_sample.py

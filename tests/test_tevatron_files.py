@@ -1,9 +1,12 @@
 """Stages 02 to 05 run alone on a Tevatron-layout file written by hand."""
 import json
+import re
 import sys
 
 import pytest
-from conftest import ROOT, run_stage
+from conftest import ROOT, load_stage, run_stage
+
+from common import DataError
 
 PASSAGES = {
     "1#0": ("เมืองหลวง", "กรุงเทพมหานครเป็นเมืองหลวงของประเทศไทย"), "1#1": ("ไทย", "สกุลเงินของประเทศไทยคือบาท"),
@@ -108,23 +111,31 @@ def test_04_and_05_take_hand_written_records(tevatron, encoder, tmp_path):
     (lambda r: r["negative_passages"][0].update(text=""), "hand.jsonl:2: negative_passages: passage '5#0': 'text' is"),
     (lambda r: r.update(query_id=7), "hand.jsonl:2: 'query_id' is 7"),
     (lambda r: r.update(query_id="q1"), "hand.jsonl:2: query 'q1' (en) is there twice")])
-def test_bad_records_stop_a_stage_with_one_line(tevatron, encoder, tmp_path, change, complaint):
+def test_bad_records_stop_every_stage(tevatron, encoder, tmp_path, change, complaint):
     records = read(tevatron)
     change(records[1])
     tevatron.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
-    for script in ("02_filter_false_negatives.py", "04_cluster_topics.py", "05_train.py"):
-        model = ["--llm", "x", "--base-url", "http://127.0.0.1:9/v1"] if script.startswith("02") else ["--encoder", encoder]
-        if script.startswith("05"):
-            model += ["--no-topic-balance", "--negatives", 4]
-        done = run_stage(script, "--input", tevatron, "--lang", "en", *model, "--out", tmp_path / "out.jsonl")
-        assert done.returncode == 2 and complaint in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    for script, flags in (("02_filter_false_negatives", ["--llm", "x", "--base-url", "http://127.0.0.1:9/v1"]),
+                          ("04_cluster_topics", ["--encoder", encoder]),
+                          ("05_train", ["--encoder", encoder, "--no-topic-balance", "--negatives", 4])):
+        arguments = ["--input", tevatron, "--lang", "en", *flags, "--cache", tmp_path / "cache", "--out", tmp_path / "out.jsonl"]
+        if script == "05_train":
+            arguments = [a for a in arguments if a not in ("--cache", tmp_path / "cache")]
+        with pytest.raises(DataError, match=re.escape(complaint)):
+            load_stage(script).main([str(a) for a in arguments])
         assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_records_without_language_or_topic_say_what_to_do(tevatron, encoder, tmp_path):
-    done = run_stage("05_train.py", "--input", tevatron, "--encoder", encoder, "--out", tmp_path / "m")
-    assert done.returncode == 2 and "no 'lang'" in done.stderr and "--lang CODE" in done.stderr
-    done = run_stage("05_train.py", "--input", tevatron, "--lang", "en", "--encoder", encoder, "--negatives", 4, "--out", tmp_path / "m")
-    assert done.returncode == 2 and "no 'topic'" in done.stderr and "04_cluster_topics.py" in done.stderr
-    done = run_stage("05_train.py", "--input", tevatron, "--lang", "en", "--encoder", encoder, "--negatives", 5, "--out", tmp_path / "m")
-    assert done.returncode == 2 and "has 4 negatives" in done.stderr
+def test_bad_input_is_one_line_and_exit_status_2(tevatron, tmp_path):
+    tevatron.write_text(tevatron.read_text("utf-8") + '{"query_id": "q7", "que', "utf-8")
+    done = run_stage("02_filter_false_negatives.py", "--input", tevatron, "--lang", "en", "--llm", "x", "--base-url",
+                     "http://127.0.0.1:9/v1", "--max-unjudged", 1, "--dry-run", "--out", tmp_path / "out.jsonl")
+    assert done.returncode == 2 and "hand.jsonl:7: not a JSON object" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("flags, complaint", [
+    ([], "no 'lang'; name the file's language with --lang CODE"), (["--lang", "en", "--negatives", "4"], "no 'topic'; make it with"),
+    (["--lang", "en", "--negatives", "5"], "has 4 negatives, --negatives wants 5")])
+def test_records_that_cannot_be_trained_on_say_what_to_do(tevatron, encoder, tmp_path, flags, complaint):
+    with pytest.raises(DataError, match=re.escape(complaint)):
+        load_stage("05_train").main(["--input", str(tevatron), "--encoder", str(encoder), "--out", str(tmp_path / "m"), *flags])

@@ -166,11 +166,12 @@ def significance(model, baseline, seed):
     differences = {lang: np.array([values["ndcg@10"] - baseline[lang][q]["ndcg@10"] for q, values in of_lang.items()])
                    for lang, of_lang in model.items()}
     draw = np.random.default_rng(seed)
-    means = np.mean([d[draw.integers(len(d), size=(DRAWS, len(d)))].mean(1) for d in differences.values()], axis=0)  # (DRAWS,)
+    means = {lang: d[draw.integers(len(d), size=(DRAWS, len(d)))].mean(1) for lang, d in differences.items()}  # (DRAWS,) each
+    interval = lambda drawn: [round(float(x), 5) for x in np.percentile(drawn, [2.5, 97.5])]  # noqa: E731
     return {"avg_diff": round(float(np.mean([d.mean() for d in differences.values()])), 5),
-            "p": paired_p(np.concatenate(list(differences.values()))),
-            "ci95": [round(float(x), 5) for x in np.percentile(means, [2.5, 97.5])],
-            "by_lang": {lang: {"diff": round(float(d.mean()), 5), "p": paired_p(d)} for lang, d in differences.items()}}
+            "p": paired_p(np.concatenate(list(differences.values()))), "ci95": interval(np.mean(list(means.values()), axis=0)),
+            "by_lang": {lang: {"diff": round(float(d.mean()), 5), "p": paired_p(d), "ci95": interval(means[lang])}
+                        for lang, d in differences.items()}}
 
 
 def table(result):

@@ -4,7 +4,8 @@ Source  Sec. 4.1: MIRACL's metrics, computed by trec_eval's own code (pytrec_eva
         paired t-test over all queries, p < 0.05; a bootstrap interval of the average over languages
 Reads   DATA/qrels/<split>/<lang>.tsv, DATA/<split>.jsonl (query texts), DATA/corpus/<lang>.jsonl[.gz]
 Writes  OUT/metrics.json, OUT/runs/<model>.<lang>.trec; the table goes to stdout
-Usage   python 06_eval.py --data data/sample --models bm25 models/sample runs/sample/model --baseline models/sample --out runs/sample/eval
+Usage   python 06_eval.py --data data/sample --models bm25 models/sample runs/sample/model --baseline models/sample \
+            --out runs/sample/eval
 Cost    one embedding a passage and model, cached; a finished run file is not made again when models or languages are added
 """
 import hashlib

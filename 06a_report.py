@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import DataError, LANGUAGES, Output, Parser, atomic, parse_line, read_lines, read_queries, run, short_name
+from common import LANGUAGES, DataError, Output, Parser, atomic, parse_line, read_lines, read_queries, run, short_name
 
 LANGS = "ar bn en es fa fi fr hi id ja ko ru sw te th zh".split()  # the paper's order
 PAPER_NDCG = {name: dict(zip(["avg", *LANGS], map(float, row.split()))) for name, row in {  # Table 1, nDCG@10
@@ -39,6 +39,8 @@ PAPER_BACKBONES = [("bge-m3", "BGE"), ("e5-large", "mE5"), ("mdpr", "mDPR"), ("b
 MIRACL_PASSAGES = dict(zip(LANGS, map(float, "2.1 0.30 32.9 10.4 2.2 1.9 14.6 0.51 1.4 7.0 1.5 9.5 0.13 0.52 0.54 4.9".split())))
 MIRACL_DEV = dict(zip(LANGS, map(int, "2896 411 799 648 632 1271 343 350 960 860 213 1252 482 828 733 393".split())))
 
+STAGES = {"candidates": "01_mine_candidates.py", "filtered": "02_filter_false_negatives.py", "augmented": "03_generate_negatives.py",
+          "topics": "04_cluster_topics.py", "model": "05_train.py"}
 STAND_IN = "offline-stand-in"
 STAND_IN_NOTE = "negatives judged by the offline stand-in, classical text matching, not by a language model"
 
@@ -64,13 +66,11 @@ def read_json(path, missing, made_by):
 
 
 def gather(folder):
-    """Everything the report shows, as {name: content}, empty where a file is missing; with the files read and a list of the missing."""
+    """({name: content, empty where its file is missing}, [files that were read], [what is missing, in words])."""
     missing = []
-    stages = {"candidates": "01_mine_candidates.py", "filtered": "02_filter_false_negatives.py",
-              "augmented": "03_generate_negatives.py", "topics": "04_cluster_topics.py", "model": "05_train.py"}
-    paths = {name: folder / (f"{name}.meta.json" if name == "model" else f"{name}.jsonl.meta.json") for name in stages}
+    paths = {name: folder / (f"{name}.meta.json" if name == "model" else f"{name}.jsonl.meta.json") for name in STAGES}
     paths |= {"metrics": folder / "eval/metrics.json", "eval": folder / "eval/metrics.json.meta.json"}
-    found = {name: read_json(path, missing, stages.get(name, "06_eval.py")) for name, path in paths.items()}
+    found = {name: read_json(path, missing, STAGES.get(name, "06_eval.py")) for name, path in paths.items()}
     if data := found["metrics"].get("settings", {}).get("data"):
         paths["data"] = Path(data).with_name(Path(data).name + ".meta.json")
     found["data"] = read_json(paths["data"], missing, "00_prepare_data.py") if "data" in paths else {}
@@ -80,11 +80,11 @@ def gather(folder):
         found["log"] = [parse_line(paths["log"], *line) for line in read_lines(paths["log"])]
     if paths["records"].is_file():
         found["records"] = count_records(paths["records"])
-    missing += [f"`{path.name}` is not there ({made_by})" for path, made_by in ((paths["log"], "05_train.py"), (paths["records"], "04_cluster_topics.py"))
-                if not path.is_file()]
-    if len(missing) == len(paths) + ("data" not in paths):
+    missing += [f"`{paths[name].name}` is not there ({made_by})" for name, made_by in (("log", STAGES["model"]), ("records", STAGES["topics"]))
+                if not paths[name].is_file()]
+    if not any(path.is_file() for path in paths.values()):
         raise DataError(f"{folder}: none of the stages' files is there; check --run")
-    found["stand_in"] = any(STAND_IN in (found[s].get("arguments", {}).get(key) for key in ("llm", "judge_llm")) for s in stages)
+    found["stand_in"] = any(STAND_IN in (found[s].get("arguments", {}).get(key) for key in ("llm", "judge_llm")) for s in STAGES)
     return found, [p for p in paths.values() if p.is_file()], missing
 
 
@@ -160,43 +160,59 @@ def averages(rows, zero_shot):
         ("with training data", trained), ("zero-shot", [lang for lang in langs if lang in zero_shot])) if 0 < len(p) < len(langs)]
 
 
-def score_tables(found):
-    """Markdown: nDCG@10 with differences and p, then Recall@100, of every model, the paper's beside them."""
-    metrics, settings = found["metrics"]["models"], found["metrics"]["settings"]
+def score_table(found, measure, numbers, paper, mark):
+    """Markdown: one measure of every model by language, with differences and p where tested, the paper's rows beside them."""
+    metrics, zero_shot = found["metrics"]["models"], found["metrics"]["settings"]["zero_shot"]
     ours, baseline = roles(found)
-    test, zero_shot, full = found["metrics"]["tests"].get(ours), settings["zero_shot"], full_miracl(found)
-    rows = metrics[ours or next(iter(metrics))]
+    test = found["metrics"]["tests"].get(ours) if measure == "ndcg@10" else None
+    rows = next(iter(metrics.values()))
     langs = by_paper_order([lang for lang in rows if lang != "avg"])
-    ours_in_paper = backbone(found) or "BGE"
-    paper = ["BM25", ours_in_paper, f"Ours {ours_in_paper}"]
-    comparable = len(full) == len(langs) and backbone(found)
+    header = ["language", "queries", *(f"`{m}`" for m in metrics)]
+    header += [f"`{ours}` - `{baseline}`", "95% interval", "p"] if test else []
+    table = []
+    for lang in langs:
+        label = f"{LANGUAGES.get(lang, lang)} ({lang}{', zero-shot' if lang in zero_shot else ''})"
+        of_lang = test and test["by_lang"][lang]
+        tested = [f"{100 * of_lang['diff']:+.1f}", interval(of_lang.get("ci95")), p_cell(of_lang["p"])] if test else []
+        table.append([label, rows[lang]["queries"], *(f"{100 * metrics[m][lang][measure]:.1f}" for m in metrics), *tested,
+                      *(numbers[n].get(lang, "–") for n in paper)])
+    for label, part in averages(rows, zero_shot):
+        mean = {m: 100 * np.mean([metrics[m][lang][measure] for lang in part]) for m in metrics}
+        tested = [f"**{mean[ours] - mean[baseline]:+.1f}**", "", ""] if test else []
+        if test and len(part) == len(langs):
+            tested[1:] = interval(test["ci95"]), p_cell(test["p"])
+        table.append([f"**{label}**", sum(rows[lang]["queries"] for lang in part), *(f"**{x:.1f}**" for x in mean.values()), *tested,
+                      *(paper_average(numbers[n], part) for n in paper)])
+    return markdown([*header, *(mark + n for n in paper)], table)
+
+
+def score_tables(found):
+    """Markdown: nDCG@10 and Recall@100, and how the paper's columns are to be read."""
+    full, ours = full_miracl(found), backbone(found)
+    langs = {lang for lang in next(iter(found["metrics"]["models"].values())) if lang != "avg"}
+    paper = ["BM25", ours or "BGE", f"Ours {ours or 'BGE'}"]
+    comparable = ours and full == langs
     mark = "paper: " if comparable else "reference, not comparable: "
-    text = []
-    for measure, title, numbers in (("ndcg@10", "nDCG@10", PAPER_NDCG), ("recall@100", "Recall@100", {n: {"avg": r} for n, r in PAPER_RECALL.items()})):
-        tested = measure == "ndcg@10" and test
-        header = ["language", "queries", *(f"`{m}`" for m in metrics), *([f"`{ours}` - `{baseline}`", "95% interval", "p"] if tested else []), *(mark + n for n in paper)]
-        table = []
-        for lang in langs:
-            differs = test["by_lang"][lang] if tested else {}
-            table.append([LANGUAGES.get(lang, lang) + f" ({lang}{', zero-shot' if lang in zero_shot else ''})", rows[lang]["queries"],
-                          *(f"{100 * metrics[m][lang][measure]:.1f}" for m in metrics),
-                          *([f"{100 * differs['diff']:+.1f}", interval(differs.get("ci95")), p_cell(differs["p"])] if tested else []),
-                          *(numbers[n].get(lang, "–") for n in paper)])
-        for label, part in averages(rows, zero_shot):
-            means = {m: np.mean([metrics[m][lang][measure] for lang in part]) for m in metrics}
-            everything = len(part) == len(langs)
-            table.append([f"**{label}**", sum(rows[lang]["queries"] for lang in part), *(f"**{100 * mean:.1f}**" for mean in means.values()),
-                          *([f"**{100 * (means[ours] - means[baseline]):+.1f}**", *([interval(test["ci95"]), p_cell(test["p"])] if everything else ["", ""])]
-                            if tested else []), *(numbers[n]["avg"] if set(part) == set(LANGS) or not comparable else "" for n in paper)])
-        text.append(f"### {title}, %\n\n" + markdown(header, table))
-    if test:
-        text.insert(1, "p: two-sided paired t-test over the queries; bold: p < 0.05, as in the paper. That of the average pools the queries of all languages; "
-                       "those of single languages are not corrected for their number. Interval: bootstrap, queries drawn again within each language.")
-    text.append(f"The paper's rows are of the same data and backbone ({backbone(found)})." if comparable else
-                "**The paper's columns are a reference, not a comparison**: they are of full MIRACL (dev split, 16 languages, 90 million passages), "
-                + ("and this run is of other data" if not full else f"which only {' '.join(sorted(full))} are here")
-                + ("" if backbone(found) else "; the trained encoder is none of the paper's either, so its best (BGE-M3) is shown") + ".")
-    return "\n\n".join(text)
+    text = ["### nDCG@10, %", score_table(found, "ndcg@10", PAPER_NDCG, paper, mark)]
+    if found["metrics"]["tests"]:
+        text.append("p: two-sided paired t-test over the queries; bold: p < 0.05, as in the paper. That of the average pools the queries of "
+                    "all languages; those of single languages are not corrected for their number. Interval: bootstrap, queries drawn "
+                    "again within each language.")
+    recall = {name: {"avg": average} for name, average in PAPER_RECALL.items()}
+    text += ["### Recall@100, %", score_table(found, "recall@100", recall, paper, mark)]
+    if comparable:
+        return "\n\n".join([*text, f"The paper's rows are of the same data and backbone ({ours})."])
+    why = f"of which only {' '.join(sorted(full))} are here" if full else "and this run is of other data"
+    other = "" if ours else "; the trained encoder is none of the paper's either, so its best (BGE-M3) is shown"
+    return "\n\n".join([*text, "**The paper's columns are a reference, not a comparison**: they are of full MIRACL (dev split, 16 languages, "
+                                f"90 million passages), {why}{other}."])
+
+
+def paper_average(numbers, langs):
+    """The paper's average over the same languages, where it has them all."""
+    if set(langs) == set(LANGS):
+        return numbers["avg"]
+    return f"{np.mean([numbers[lang] for lang in langs]):.1f}" if all(lang in numbers for lang in langs) else "–"
 
 
 def interval(ci95):
@@ -204,18 +220,24 @@ def interval(ci95):
 
 
 def removed_share(found):
-    """{lang: % of the candidates that the judge removed}, with `avg` the mean over languages."""
+    """{lang: % of the candidates that the judge removed}; `avg` is of all candidates, as Table 8's must be.
+
+    Its 19.5 is its languages' mean weighted by their training queries (19.46), not their plain mean (19.18).
+    """
     by_lang = found["filtered"].get("counts", {}).get("by_lang", {})
     share = {lang: 100 * c.get("removed", 0) / c["candidates"] for lang, c in by_lang.items() if c.get("candidates")}
-    return {"avg": float(np.mean(list(share.values()))), **{lang: share[lang] for lang in by_paper_order(share)}} if share else {}
+    if not share:
+        return {}
+    removed, candidates = (sum(c.get(key, 0) for c in by_lang.values()) for key in ("removed", "candidates"))
+    return {"avg": 100 * removed / candidates, **{lang: share[lang] for lang in by_paper_order(share)}}
 
 
 def removed_table(found):
     share, by_lang = removed_share(found), found["filtered"]["counts"]["by_lang"]
-    rows = [[f"{LANGUAGES.get(lang, lang)} ({lang})", by_lang[lang]["candidates"], by_lang[lang].get("removed", 0), f"{share[lang]:.1f}", PAPER_REMOVED.get(lang, "–")]
-            for lang in share if lang != "avg"]
+    rows = [[f"{LANGUAGES.get(lang, lang)} ({lang})", by_lang[lang]["candidates"], by_lang[lang].get("removed", 0), f"{share[lang]:.1f}",
+             PAPER_REMOVED.get(lang, "–")] for lang in share if lang != "avg"]
     total = [sum(c.get(key, 0) for c in by_lang.values()) for key in ("candidates", "removed")]
-    rows.append(["**avg of languages**", *total, f"**{share['avg']:.1f}**", f"**{PAPER_REMOVED['avg']}**"])
+    rows.append(["**all**", *total, f"**{share['avg']:.1f}**", f"**{PAPER_REMOVED['avg']}**"])
     return markdown(["language", "candidates", "removed", "removed, %", "Table 8 (its data and judge), %"], rows)
 
 
@@ -244,7 +266,8 @@ def topics_table(found):
         size = sum(titles.values())
         telling = sorted((t for t in titles if t), key=lambda t: (-titles[t] ** 2 / overall[t], t))[:6]
         langs = sum(topic in of_lang for of_lang in records["topics"].values())
-        rows.append([topic, size, f"{100 * size / total:.1f}", langs, ", ".join(" ".join(t.replace("|", "/").split()) for t in telling)])
+        shown = ", ".join(" ".join(t.replace("|", "/").split()) for t in telling)
+        rows.append([topic, size, f"{100 * size / total:.1f}", langs, shown])
     return markdown(["topic", "queries", "%", "languages", "titles that are most its own"], rows)
 
 
@@ -254,7 +277,8 @@ def training_table(found):
     dev = [r for r in log if "dev" in r]
     arguments, counts = model.get("arguments", {}), model.get("counts", {})
     rows = [[key.replace("_", " "), f"`{arguments[key]}`"] for key in (
-        "encoder", "epochs", "batch_size", "negatives", "lr", "temperature", "alpha", "beta", "weighting", "weight_on", "language_sampling", "seed")
+        "encoder", "epochs", "batch_size", "negatives", "lr", "temperature", "alpha", "beta", "weighting", "weight_on",
+        "language_sampling", "seed")
         if arguments.get(key) is not None]
     rows += [[key.replace("_", " "), value] for key, value in counts.items() if not isinstance(value, (dict, list))]
     if steps:
@@ -263,14 +287,15 @@ def training_table(found):
         rows.append(["mean loss of the first and last tenth of the steps", f"{first:.3f}, {last:.3f}"])
     if dev:
         best = max(dev, key=lambda r: r["dev_mrr@10"])
-        rows.append(["dev MRR@10, best and last epoch", f"{best['dev_mrr@10']:.3f} (epoch {best['epoch']:g}), {dev[-1]['dev_mrr@10']:.3f}"])
+        rows.append(["dev MRR@10, best and last epoch",
+                     f"{best['dev_mrr@10']:.3f} (epoch {best['epoch']:g}), {dev[-1]['dev_mrr@10']:.3f}"])
     return markdown(["training", "value"], rows)
 
 
 def cost_table(found):
     """Markdown: time, memory, LLM calls and tokens of each stage, as its meta file has them."""
     rows = []
-    for name in ("data", "candidates", "filtered", "augmented", "topics", "model", "eval"):
+    for name in ("data", *STAGES, "eval"):
         if meta := found[name]:
             calls = meta.get("counts", {}).get("calls") or {}
             rows.append([f"`{meta.get('script', name)}`", meta.get("seconds", "–"), meta.get("peak_memory_mb", "–"),
@@ -284,6 +309,13 @@ def cost_table(found):
 LOOKS = [{"color": "white", "hatch": "////"}, {"color": "0.75", "hatch": "...."}, {"color": "0.25"}]  # BM25 or paper, baseline, ours
 
 
+def drawable(text):
+    """The text with `?` for what the figures' font has no glyph for: model folders may be named in any script."""
+    from matplotlib.font_manager import findfont, get_font
+    font = get_font(findfont("DejaVu Sans"))  # comes with matplotlib
+    return "".join(c if font.get_char_index(ord(c)) else "?" for c in text)
+
+
 def canvas(title, note, width=11, height=4.5, panels=1):
     """(figure, axes) with the finding as the title and, where there is one, a note below it."""
     import matplotlib
@@ -291,7 +323,9 @@ def canvas(title, note, width=11, height=4.5, panels=1):
     from matplotlib import pyplot
     pyplot.rcParams |= {"font.size": 10, "hatch.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False}
     figure, axes = pyplot.subplots(1, panels, figsize=(width, height), layout="constrained")
-    figure.suptitle(textwrap.fill(title, int(width * 11)) + (f"\n({note})" if note else ""), fontsize=11)
+    n_lines = 1 + len(title) // (width * 11)
+    title = textwrap.fill(title, len(title) // n_lines + 10)  # lines of like length
+    figure.suptitle(drawable(title) + (f"\n({note})" if note else ""), fontsize=11)
     return figure, axes
 
 
@@ -307,7 +341,8 @@ def bars(axis, labels, series, unit):
     width, places = 0.8 / len(series), np.arange(len(labels))
     for i, (name, values, look) in enumerate(series):
         values = [np.nan if v is None else v for v in values]
-        axis.bar(places + (i - (len(series) - 1) / 2) * width, values, width, label=name, edgecolor="black", linewidth=0.6, **look)
+        axis.bar(places + (i - (len(series) - 1) / 2) * width, values, width, label=drawable(name), edgecolor="black",
+                 linewidth=0.6, **look)
     axis.set_xticks(places, labels)
     axis.set_ylabel(unit)
     axis.legend(ncols=len(series), frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
@@ -322,7 +357,8 @@ def scores_figure(found, path, note):
     value = {m: {lang: 100 * metrics[m][lang]["ndcg@10"] for lang in [*langs, "avg"]} for m, _ in shown}
     if test := found["metrics"]["tests"].get(ours):
         gains = [test["by_lang"][lang]["diff"] for lang in langs]
-        title = (f"Ours is {abs(100 * test['avg_diff']):.1f} nDCG@10 {'above' if test['avg_diff'] > 0 else 'below'} the baseline ({baseline}) on average "
+        side = "above" if test["avg_diff"] > 0 else "below"
+        title = (f"Ours is {abs(100 * test['avg_diff']):.1f} nDCG@10 {side} the baseline ({baseline}) on average "
                  f"(p {p_text(test['p'])}): better in {sum(g > 0 for g in gains)} of {len(langs)} languages")
         if "bm25" in metrics:
             title += f", better than BM25 in {sum(value[ours][lang] > value['bm25'][lang] for lang in langs)}"
@@ -344,12 +380,12 @@ def gain_figure(found, path, note):
     langs = by_paper_order(by_lang)
     trained = [lang for lang in langs if sizes[lang]]
     title = f"Gain over the baseline ({baseline}) against training size"
-    if len(trained) > 3:
+    if len({sizes[lang] for lang in trained}) > 3:
         from scipy.stats import spearmanr
         rho, p = spearmanr([sizes[lang] for lang in trained], [by_lang[lang]["diff"] for lang in trained])
-        title = (f"The gain over the baseline ({baseline}) " + (("grows" if rho > 0 else "falls") + " with the training queries of a language" if p < 0.05
-                 else "does not depend measurably on the training queries of a language")
-                 + f" (Spearman {rho:+.2f}, p = {p:.2f}, {len(trained)} languages)")
+        trend = "grows with" if p < 0.05 and rho > 0 else "falls with" if p < 0.05 else "does not depend measurably on"
+        title = (f"The gain over the baseline ({baseline}) {trend} the training queries of a language "
+                 f"(Spearman {rho:+.2f}, p {p_text(p)}, {len(trained)} languages)")
     figure, axis = canvas(title, note, width=8, height=5)
     lowest = min(sizes[lang] for lang in trained) / 2 if trained else 1
     for group, marker, face, label in ((trained, "o", "0.25", "95% interval over the queries"),
@@ -357,7 +393,8 @@ def gain_figure(found, path, note):
         if group:
             x, y = [sizes[lang] or lowest for lang in group], np.array([100 * by_lang[lang]["diff"] for lang in group])
             ends = np.array([[100 * e for e in by_lang[lang].get("ci95", [by_lang[lang]["diff"]] * 2)] for lang in group])
-            axis.errorbar(x, y, np.maximum(0, [y - ends[:, 0], ends[:, 1] - y]), fmt=marker, color="black", mfc=face, ecolor="0.6", elinewidth=1, label=label)
+            axis.errorbar(x, y, np.maximum(0, [y - ends[:, 0], ends[:, 1] - y]), fmt=marker, color="black", mfc=face, ecolor="0.6",
+                          elinewidth=1, label=label)
             for lang, at, gain in zip(group, x, y):  # of two points that all but coincide, the lower is named below
                 close = any(abs(np.log(at / b)) < 0.05 and 0 <= other - gain < 3 and name != lang for name, b, other in zip(group, x, y))
                 axis.annotate(lang, (at, gain), xytext=(5, -12 if close else 4), textcoords="offset points")
@@ -383,13 +420,14 @@ def loss_figure(found, path, note):
     if dev:
         best = max(dev, key=lambda r: r["dev_mrr@10"])
         title += (f"; held-out queries are ranked best after epoch {best['epoch']:g} of {steps[-1]['epoch']:g}: "
-                  f"MRR@10 {best['dev_mrr@10']:.2f}, at the end {dev[-1]['dev_mrr@10']:.2f}")
+                  f"MRR@10 {best['dev_mrr@10']:.2f}" + (f", at the end {dev[-1]['dev_mrr@10']:.2f}" if best is not dev[-1] else ""))
     figure, axes = canvas(title, note, panels=2 if dev else 1)
     axis = axes[0] if dev else axes
     axis.plot([r["step"] for r in steps], loss, ".", color="0.7", markersize=3, label="one step (one language)")
     axis.plot([r["step"] for r in steps][window - 1:], smooth, "-", color="black", label=f"mean of {window} steps")
     if dev:
-        axis.plot([r["step"] for r in dev], [np.mean([of["loss"] for of in r["dev"].values()]) for r in dev], "s--", color="black", mfc="white", label="held-out queries, mean of languages")
+        axis.plot([r["step"] for r in dev], [np.mean([of["loss"] for of in r["dev"].values()]) for r in dev], "s--", color="black",
+                  mfc="white", label="held-out queries, mean of languages")
         axes[1].plot([r["epoch"] for r in dev], [r["dev_mrr@10"] for r in dev], "s-", color="black", mfc="white")
         axes[1].set_ylim(0, 1)
         axes[1].set_xlabel("epoch")
@@ -409,8 +447,9 @@ def removed_figure(found, path, note):
     title = (f"The judge removes {share['avg']:.1f}% of the candidates, from {share[low]:.1f}% ({low}) to {share[top]:.1f}% ({top}); "
              f"the paper's, on its data, {PAPER_REMOVED['avg']}%")
     figure, axis = canvas(title, note)
-    bars(axis, [*langs, "avg"], [("paper, Table 8 (full MIRACL, its judge)", [PAPER_REMOVED.get(lang) for lang in [*langs, "avg"]], LOOKS[0]),
-                                 ("this run", [share[lang] for lang in [*langs, "avg"]], LOOKS[2])], "removed candidates (%)")
+    shown = [*langs, "avg"]
+    bars(axis, [*langs, "all"], [("paper, Table 8 (full MIRACL, its judge)", [PAPER_REMOVED.get(lang) for lang in shown], LOOKS[0]),
+                                 ("this run", [share[lang] for lang in shown], LOOKS[2])], "removed candidates (%)")
     axis.axvline(len(langs) - 0.5, color="black", linewidth=0.8, linestyle=":")
     axis.set_xlabel("language")
     save(figure, path)
@@ -424,13 +463,16 @@ def topics_figure(found, path, note):
     total = sum(topics.values(), Counter())
     biggest, nmi = max(numbers, key=lambda t: total[t]), found["topics"].get("counts", {}).get("nmi_topic_language")
     everywhere = sum(bool((share[:, i] > 0).all()) for i in range(len(numbers)))
-    title = (f"{everywhere} of {len(numbers)} topics are in every language; the largest holds {100 * total[biggest] / total.total():.0f}% of the queries"
-             + (f"; topic and language share {nmi:.2f} of their information (NMI, 0 to 1)" if nmi is not None else ""))
+    title = (f"{everywhere} of {len(numbers)} topics are in every language; the largest holds "
+             f"{100 * total[biggest] / total.total():.0f}% of the queries")
+    if nmi is not None:
+        title += f"; topic and language share {nmi:.2f} of their information (NMI, 0 to 1)"
     figure, axis = canvas(title, note, width=9, height=1.6 + 0.3 * len(langs))
     axis.imshow(share, cmap="Greys", vmin=0, vmax=100, aspect="auto")
     for (row, column), value in np.ndenumerate(share):
         if value:
-            axis.text(column, row, f"{value:.0f}" if value >= 0.5 else "<1", ha="center", va="center", fontsize=8, color="white" if value > 55 else "black")
+            axis.text(column, row, f"{value:.0f}" if value >= 0.5 else "<1", ha="center", va="center", fontsize=8,
+                      color="white" if value > 55 else "black")
     axis.set_yticks(range(len(langs)), langs)
     axis.set_xticks(range(len(numbers)), numbers)
     axis.set_xlabel("topic, largest first (cells: % of the language's training queries; blank: none)")
@@ -450,11 +492,13 @@ def notes(found):
                      "What was removed, generated and learned shows that the pipeline works, and says nothing about the method with a real model."))
     encoder = found["model"].get("arguments", {}).get("encoder")
     if encoder and (Path(encoder) / "build.json").is_file():
-        said.append(("", (), f"The encoder `{encoder}` is a small one without attention layers, built from this collection; it is no pretrained model."))
+        said.append(("", (), f"The encoder `{encoder}` is a small one without attention layers, built from this collection; "
+                     "it is no pretrained model."))
     if settings.get("pool") == "judged":
         said.append(("on a judged pool, not the whole corpus", ("scores", "gain"), f"**Scores are on a {settings['pool_note']}.**"))
     if settings.get("limit"):
-        said.append((f"{settings['limit']} queries a language", ("scores", "gain"), f"**Only the first {settings['limit']} queries of a language were evaluated.**"))
+        said.append((f"{settings['limit']} queries a language", ("scores", "gain"),
+                     f"**Only the first {settings['limit']} queries of a language were evaluated.**"))
     return said
 
 
@@ -467,8 +511,8 @@ def compose(found, missing, folder, out):
              ("False negatives removed by the judge (Table 8)", removed_share(found), removed_table, ("removed", removed_figure)),
              ("Where the negatives come from", records, sources_table, None),
              ("Topics by language (Table 13)", records and records["topics"], topics_table, ("topics", topics_figure)),
-             ("Training", found["model"], training_table, ("loss", loss_figure) if any("loss" in r for r in found["log"]) else None),
-             ("Cost", any(found[k] for k in ("candidates", "filtered", "augmented", "topics", "model", "eval")), cost_table, None)]
+             ("Training", found["model"], training_table, any("loss" in r for r in found["log"]) and ("loss", loss_figure)),
+             ("Cost", any(found[stage] for stage in (*STAGES, "eval")), cost_table, None)]
     said = notes(found)
     text, left_out = [], []
     for heading, content, table, figure in parts:

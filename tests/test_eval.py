@@ -247,3 +247,12 @@ def test_bad_input_is_told_in_one_line(made, stage, tmp_path):
     write(bad / "data/qrels/dev/th.tsv", ["0\t0\t0#0\t1\n", "0\t0#1\t1\n"])
     with pytest.raises(DataError, match="th.tsv:2: got 3 fields"):
         evaluate(stage, bad, tmp_path, made / "a")
+
+
+def test_the_report_reads_what_the_evaluation_wrote(made):
+    load_stage("06a_report").main(["--run", str(made), "--out", str(made / "eval")])
+    text = (made / "eval/report.md").read_text("utf-8")
+    metrics = json.loads((made / "eval/metrics.json").read_text("utf-8"))
+    for model, rows in metrics["models"].items():
+        assert f"`{model}`" in text and f"{100 * rows['th']['ndcg@10']:.1f}" in text
+    assert "Thai (th, zero-shot)" in text and "Left out" in text and (made / "eval/figures/scores.png").is_file()

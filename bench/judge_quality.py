@@ -3,9 +3,10 @@
 What    A LABELLED SIMULATION, not a language model. Training keeps one positive a query and hides the others, which are then
         known false negatives in the corpus. A local endpoint judges from the labels (--truth: the sample's complete truth;
         else people's positives, everything else counts as irrelevant) and errs at the given rate: of a relevant passage
-        (grade 2) it says 0 or 1, of an irrelevant one (grade 0) 1 or 2, each half of the times. --drop-at 1 (Sec. 3.3) then removes more of
-        both, --drop-at 2 (appendix) less.
-How     Stages 01 and 04 once a seed, then 02, 05 and 06 for each judge; stage 03 is left out. Every row of the result is kept
+        (grade 2) it says 0 or 1, of an irrelevant one (grade 0) 1 or 2, each half of the times. --drop-at 1 (Sec. 3.3) then removes
+        more of both, --drop-at 2 (appendix) less.
+How     Stages 01 and 04 once a seed, then 02, 05 and 06 for each judge. In place of stage 03, a query that a bad judge leaves with
+        fewer than 7 negatives gets random ones (counted as `filled`). Every row of the result is kept
         as soon as it is there: a killed or stopped run (--minutes) goes on where it was when started again.
 Beside  `none`: nothing is removed; `stand-in`: offline_llm.py judges; `0`: a perfect judge; the encoder before training
 Writes  OUT.json (rows, summary, reading), OUT.png
@@ -33,6 +34,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from common import (DataError, Parser, atomic, corpus_files, dump, passage_text, positive_int, read_lines, read_passages,
                     read_queries, run, say)
+
+NEGATIVES = 7  # hard negatives a query and step (Sec. 4.1)
 
 
 def build_parser():
@@ -165,10 +168,30 @@ def one_row(args, seed, row, folder, relevant):
         stage(__file__, "--answer", folder / "data/truth.json", "--error", -1 if row["judge"] == "none" else row["judge"], *weak,
               "--seed", seed, "--exec", sys.executable, *filtering)
     flags = [word for flag in args.train_flags for word in ("--" + flag).split("=", 1)]
-    stage("05_train.py", "--input", top / "filtered.jsonl", "--encoder", args.encoder, "--epochs", args.epochs, *flags, "--seed", seed,
-          "--out", top / "model")
+    n_filled = fill(args, top / "filtered.jsonl", top / "filled.jsonl", seed)
+    stage("05_train.py", "--input", top / "filled.jsonl", "--encoder", args.encoder, "--epochs", args.epochs, "--negatives", NEGATIVES,
+          *flags, "--seed", seed, "--out", top / "model")
     found = evaluate(args, top / "model", top, top / "cache")
-    return row | {"seed": seed, **removal(top / "filtered.jsonl", relevant), **found}
+    return row | {"seed": seed, "filled": n_filled, **removal(top / "filtered.jsonl", relevant), **found}
+
+
+def fill(args, source, target, seed):
+    """Bring every record to NEGATIVES with random passages of its language, in place of stage 03; returns how many were drawn."""
+    docids = {}
+    n_filled = 0
+    with atomic(target) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for record in read_queries(source):
+            lang, negatives = record["lang"], record["negative_passages"]
+            if len(negatives) < NEGATIVES:
+                if lang not in docids:
+                    docids[lang] = [p for path in corpus_files(args.data, lang) for p in read_passages(path, read_lines(path))]
+                known = {p["docid"] for key in ("positive_passages", "negative_passages", "false_negatives") for p in record[key]}
+                free = [p for p in docids[lang] if p["docid"] not in known]
+                drawn = random.Random(f"{seed}:{lang}:{record['query_id']}").sample(free, min(len(free), NEGATIVES - len(negatives)))
+                record["negative_passages"] = negatives + [p | {"source": "random"} for p in drawn]
+                n_filled += len(drawn)
+            file.write(dump(record))
+    return n_filled
 
 
 def evaluate(args, model, top, cache):

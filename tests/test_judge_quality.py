@@ -75,11 +75,10 @@ def test_the_judge_errs_at_the_rate_of_the_language(bench):
 
 
 def test_it_answers_over_a_real_socket(bench, tmp_path):
-    from common import judge_messages
     collection(tmp_path / "data")
     bench.hide(args_of(bench, tmp_path), 13, tmp_path / "s")
-    messages = [judge_messages("th 1?", "th", {"docid": d, **dict(zip(("title", "text"), ("", "th ข้อความ 2 🐘") if d == "2" else ("ช้าง", "th ข้อความ 9 🐘")))})
-                for d in ("2", "9")]
+    messages = [[{"role": "user", "content": f"Question: {json.dumps('th 1?')}\nCandidate passage: {json.dumps(text_of(tmp_path, 'th', docid))}"}]
+                for docid in ("2", "9")]
     client = f"import openai; print([openai.OpenAI().chat.completions.create(model='m', messages=m).choices[0].message.content for m in {messages!r}])"
     for error, grade in (("0", 2), ("-1", 0)):
         done = run_stage("bench/judge_quality.py", "--answer", tmp_path / "s/truth.json", "--error", error, "--exec", sys.executable, "-c", client)

@@ -84,7 +84,8 @@ def gather(folder):
                 if not paths[name].is_file()]
     if not any(path.is_file() for path in paths.values()):
         raise DataError(f"{folder}: none of the stages' files is there; check --run")
-    found["stand_in"] = any(STAND_IN in (found[s].get("arguments", {}).get(key) for key in ("llm", "judge_llm")) for s in STAGES)
+    found["stand_in"] = any(STAND_IN in (found[s].get("arguments", {}).get(key) for key in ("llm", "judge_llm", "cascade_llm"))
+                            for s in STAGES)
     return found, [p for p in paths.values() if p.is_file()], missing
 
 
@@ -298,6 +299,8 @@ def cost_table(found):
     for name in ("data", *STAGES, "eval"):
         if meta := found[name]:
             calls = meta.get("counts", {}).get("calls") or {}
+            by_model = [of for of in calls.values() if isinstance(of, dict)]  # a cascade asks two models
+            calls = sum(map(Counter, by_model), Counter()) if by_model else calls
             rows.append([f"`{meta.get('script', name)}`", meta.get("seconds", "–"), meta.get("peak_memory_mb", "–"),
                          *(calls.get(k, "") for k in ("asked", "cached", "prompt_tokens", "completion_tokens"))])
     return markdown(["stage", "seconds", "peak MB", "LLM calls", "from cache", "prompt tokens", "completion tokens"], rows) + (

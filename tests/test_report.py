@@ -42,6 +42,8 @@ def make_run(top, langs=("ja", "te", "th", "yo"), llm="offline-stand-in", encode
     write(run / "filtered.jsonl.meta.json", meta | {"script": "02_filter_false_negatives.py", "arguments": {"llm": llm}, "counts": {
         "calls": {"asked": 777, "prompt_tokens": 8888, "completion_tokens": 999},
         "by_lang": {lang: {"candidates": 200 * i, "removed": 10 * i * i} for i, lang in enumerate(langs, 1)}}})
+    write(run / "augmented.jsonl.meta.json", meta | {"script": "03_generate_negatives.py", "arguments": {"llm": llm}, "counts": {
+        "calls": {"small": {"asked": 30, "cached": 4}, "large": {"asked": 5, "prompt_tokens": 60}}}})
     write(run / "eval/metrics.json.meta.json", meta | {"script": "06_eval.py"})
     write(run / "model.log.jsonl", "".join(json.dumps(r) + "\n" for r in [
         *({"step": i, "epoch": i / 20, "lang": "th", "loss": 3 / i} for i in range(1, 41)),
@@ -86,6 +88,7 @@ def test_every_part_shows_the_numbers_of_the_stages(report, tmp_path):
     assert "3 of 3 topics are in every language; the largest holds 35% of the queries" in topics
     assert all(TITLES[lang] in row(topics, "0")[4] for lang in ("th", "ja", "te"))
     assert "MRR@10 0.81, at the end 0.62" in section(text, "Training")
+    assert row(section(text, "Cost"), "`03_generate_negatives.py`")[3:] == ["35", "4", "60", ""]
     assert row(section(text, "Cost"), "`02_filter_false_negatives.py`") == ["`02_filter_false_negatives.py`", "12.5", "345", "777", "", "8888", "999"]
 
 

@@ -326,9 +326,11 @@ def canvas(title, note, width=11, height=4.5, panels=1):
     from matplotlib import pyplot
     pyplot.rcParams |= {"font.size": 10, "hatch.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False}
     figure, axes = pyplot.subplots(1, panels, figsize=(width, height), layout="constrained")
-    n_lines = 1 + len(title) // (width * 11)
-    title = textwrap.fill(title, len(title) // n_lines + 10)  # lines of like length
-    figure.suptitle(drawable(title) + (f"\n({note})" if note else ""), fontsize=11)
+    lines = []
+    for part in [drawable(title)] + ([f"({note})"] if note else []):
+        n_lines = 1 + len(part) // (width * 10)
+        lines += textwrap.wrap(part, len(part) // n_lines + 10)  # lines of like length
+    figure.suptitle("\n".join(lines), fontsize=11)
     return figure, axes
 
 

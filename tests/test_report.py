@@ -106,6 +106,16 @@ def test_figures_are_drawn_without_missing_glyphs_and_not_blank(report, tmp_path
         assert (np.ptp(pixels, axis=-1) < 0.01).all()  # grey only: what differs, differs on paper too
 
 
+@pytest.mark.parametrize("width", [8, 9, 11])
+def test_a_long_title_and_note_stay_inside_the_figure(report, width):
+    title = "The gain over the baseline (sample) does not depend measurably on the training queries of a language (Spearman +0.30, p = 0.26)"
+    figure, _ = report.canvas(title, f"{report.STAND_IN_NOTE}; on a judged pool, not the whole corpus; 200 queries a language", width=width)
+    figure.draw_without_rendering()
+    box = figure._suptitle.get_window_extent()
+    assert 0 < box.x0 and box.x1 < figure.bbox.width and box.width > 0.5 * figure.bbox.width
+    assert figure.get_suptitle().replace("\n", " ").startswith(title)
+
+
 def test_the_gain_is_said_to_grow_only_where_it_does(report, tmp_path):
     text = make_report(report, make_run(tmp_path, langs=LANGS))
     assert "grows with the training queries of a language (Spearman +1.00" in section(text, "Gain")

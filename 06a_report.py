@@ -405,8 +405,9 @@ def gain_figure(found, path, note):
                 axis.annotate(lang, (at, gain), xytext=(5, -12 if close else 4), textcoords="offset points")
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_xscale("log")
-    ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if lowest <= t <= 1.5 * max(sizes.values())]
-    axis.set_xticks(ticks, [str(t) for t in ticks])
+    ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if lowest < t <= 1.5 * max(sizes.values())]
+    zero = {lowest: "0"} if len(trained) < len(langs) else {}  # a logarithm has no place for it: left of all others
+    axis.set_xticks([*zero, *ticks], [*zero.values(), *map(str, ticks)])
     axis.minorticks_off()
     axis.set_xlabel("training queries of the language (log scale)")
     axis.set_ylabel("gain in nDCG@10 (points)")

@@ -1,11 +1,12 @@
 """Report of a run: tables beside the paper's, and figures.
 
-Source  Tables 1, 2, 8, 13 and Figure 3 of the paper, as far as the run has them. The paper's numbers stand beside ours only
+Source  Sec. 4: Tables 1, 8 and 13 of the paper, as far as the run has them. The paper's numbers stand beside ours only
         where the data is full MIRACL; elsewhere they are shown for reference and marked as not comparable.
 Reads   RUN/eval/metrics.json, RUN/*.jsonl.meta.json, RUN/topics.jsonl, RUN/model.log.jsonl, RUN/model.meta.json, and
         DATA.meta.json beside the evaluated collection; what is not there is left out, and the report says so
 Writes  OUT/report.md, OUT/figures/*.png; no number in them is typed by hand but the paper's, which are in PAPER below
 Usage   python 06a_report.py --run runs/sample --out runs/sample/eval
+        --lang shows these languages only, --limit counts the first N training queries; nothing is drawn, so --seed is idle
 Cost    seconds; one pass over topics.jsonl
 """
 import json
@@ -46,10 +47,9 @@ STAND_IN_NOTE = "negatives judged by the offline stand-in, classical text matchi
 
 
 def build_parser():
-    parser = Parser(__doc__)
+    parser = Parser(__doc__).common_flags()
     parser.add_argument("--run", required=True, metavar="FOLDER", help="what the stages left: candidates, filtered, ..., model, eval/")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="for report.md and figures/")
-    parser.add_argument("--overwrite", action="store_true", help="make a finished report again")
     return parser
 
 
@@ -65,7 +65,7 @@ def read_json(path, missing, made_by):
         raise DataError(f"{path}: not JSON ({error}); make it again with {made_by}") from None
 
 
-def gather(folder):
+def gather(folder, lang=None, limit=None):
     """({name: content, empty where its file is missing}, [files that were read], [what is missing, in words])."""
     missing = []
     paths = {name: folder / (f"{name}.meta.json" if name == "model" else f"{name}.jsonl.meta.json") for name in STAGES}
@@ -79,20 +79,38 @@ def gather(folder):
     if paths["log"].is_file():
         found["log"] = [parse_line(paths["log"], *line) for line in read_lines(paths["log"])]
     if paths["records"].is_file():
-        found["records"] = count_records(paths["records"])
+        found["records"] = count_records(paths["records"], lang, limit)
     missing += [f"`{paths[name].name}` is not there ({made_by})" for name, made_by in (("log", STAGES["model"]), ("records", STAGES["topics"]))
                 if not paths[name].is_file()]
     if not any(path.is_file() for path in paths.values()):
         raise DataError(f"{folder}: none of the stages' files is there; check --run")
     found["stand_in"] = any(STAND_IN in (found[s].get("arguments", {}).get(key) for key in ("llm", "judge_llm", "cascade_llm"))
                             for s in STAGES)
+    if lang:
+        keep_languages(found, lang)
     return found, [p for p in paths.values() if p.is_file()], missing
 
 
-def count_records(path):
+def keep_languages(found, langs):
+    """Leave only these languages in the metrics and in the filter's counts; what was tested over all has no p then."""
+    metrics, filtered = found["metrics"], found["filtered"].get("counts", {})
+    filtered["by_lang"] = {lang: c for lang, c in filtered.get("by_lang", {}).items() if lang in langs}
+    for name, rows in metrics.get("models", {}).items():
+        shown = {lang: row for lang, row in rows.items() if lang in langs}
+        if not shown:
+            raise DataError(f"--lang {' '.join(langs)}: none of them was evaluated; there are {' '.join(x for x in rows if x != 'avg')}")
+        average = {key: float(np.mean([row[key] for row in shown.values()])) for key in ("ndcg@10", "recall@100")}
+        if len(shown) < len(rows) - 1 and name in metrics["tests"]:
+            test = metrics["tests"][name]
+            test["by_lang"] = {lang: test["by_lang"][lang] for lang in shown}
+            test |= {"avg_diff": float(np.mean([of["diff"] for of in test["by_lang"].values()])), "p": None, "ci95": None}
+        metrics["models"][name] = shown | {"avg": average | {"queries": sum(row["queries"] for row in shown.values())}}
+
+
+def count_records(path, lang=None, limit=None):
     """{queries, sources, topics: {lang: ...}, titles: {topic: Counter}} of topics.jsonl."""
     queries, sources, topics, titles = Counter(), defaultdict(Counter), defaultdict(Counter), defaultdict(Counter)
-    for record in read_queries(path):
+    for record in read_queries(path, lang, limit):
         queries[record["lang"]] += 1
         sources[record["lang"]].update(p.get("source", "unknown") for p in record.get("negative_passages", []))
         if "topic" in record:
@@ -144,6 +162,8 @@ def p_text(p):
 
 
 def p_cell(p):
+    if p is None:
+        return "–"
     text = p_text(p).removeprefix("= ")
     return f"**{text}**" if p < 0.05 else text
 
@@ -363,8 +383,8 @@ def scores_figure(found, path, note):
     if test := found["metrics"]["tests"].get(ours):
         gains = [test["by_lang"][lang]["diff"] for lang in langs]
         side = "above" if test["avg_diff"] > 0 else "below"
-        title = (f"Ours is {abs(100 * test['avg_diff']):.1f} nDCG@10 {side} the baseline ({baseline}) on average "
-                 f"(p {p_text(test['p'])}): better in {sum(g > 0 for g in gains)} of {len(langs)} languages")
+        title = (f"Ours is {abs(100 * test['avg_diff']):.1f} nDCG@10 {side} the baseline ({baseline}) on average"
+                 + (f" (p {p_text(test['p'])})" if test["p"] is not None else "") + f": better in {sum(g > 0 for g in gains)} of {len(langs)} languages")
         if "bm25" in metrics:
             title += f", better than BM25 in {sum(value[ours][lang] > value['bm25'][lang] for lang in langs)}"
     else:
@@ -547,7 +567,7 @@ def compose(found, missing, folder, out):
 def main(argv=None):
     args = build_parser().parse_args(argv)
     folder, out = Path(args.run), Path(args.out)
-    found, inputs, missing = gather(folder)
+    found, inputs, missing = gather(folder, args.lang, args.limit)
     output = Output(args, inputs, out=out / "report.md")
     if output.is_done() and all((out / link).is_file() for link in re.findall(r"\((figures/\w+\.png)\)", output.path.read_text("utf-8"))):
         return

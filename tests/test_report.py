@@ -165,6 +165,21 @@ def test_the_stand_in_and_the_judged_pool_are_named_at_the_top_and_in_captions(r
     assert "JUDGED POOL of 5" in text.split("\n## ")[0] and re.search(r"^\*.*judged pool.*\*$", section(text, "Scores"), re.M)
 
 
+def test_lang_and_limit_change_what_is_shown(report, tmp_path):
+    run = make_run(tmp_path)
+    text = make_report(report, run, "--lang", "te", "th")
+    scores = section(text, "Scores")
+    assert "Japanese" not in text and "Ours is 2.5 nDCG@10 above the baseline (start) on average: better in 2 of 2 languages" in scores
+    assert row(scores, "**avg of 2**")[2:8] == ["**40.0**", "**50.0**", "**52.5**", "**+2.5**", "–", "–"]
+    assert row(section(text, "False negatives"), "**all**")[1:4] == ["1000", "130", "**13.0**"]
+    assert row(section(text, "Where the negatives"), "**all**")[1] == "200"
+    assert row(section(make_report(report, run, "--limit", "7"), "Where the negatives"), "**all**")[1] == "28"
+    from common import DataError
+    with pytest.raises(DataError, match="--lang fi: none of them was evaluated"):
+        (run / "topics.jsonl").unlink()
+        make_report(report, run, "--lang", "fi")
+
+
 def test_what_is_missing_is_left_out_and_said(report, tmp_path):
     run = make_run(tmp_path)
     whole = make_report(report, run)

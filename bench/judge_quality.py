@@ -13,7 +13,7 @@ Writes  OUT.json (rows, summary, reading), OUT.png
 Usage   python bench/judge_quality.py --data data/sample --truth sample/truth --encoder models/sample --out results/judge-quality-sample
         python bench/judge_quality.py --data data/minimiracl --lang sw te id ar zh --encoder models/minimiracl --depth 20 --errors 0 0.1 0.3 \\
             --weak sw te --weak-error 0.4 --out results/judge-quality-minimiracl
-Cost    sample, two cores: about 80 s a judge, strictness and seed
+Cost    sample, two cores: about 80 s a judge, strictness and seed, estimated from the stages' own seconds, not yet measured
 """
 import asyncio
 import hashlib

@@ -278,9 +278,9 @@ def draw(result, path):
         axis.axhline(value, color="black", linestyle=style, linewidth=1, label=label)
     n_seeds = max((c["seeds"] for c in curve), default=0)
     axis.set_xlabel("error rate of the simulated judge (%)")
-    axis.set_ylabel(f"nDCG@10, average of {len(result['start']['by_lang'])} languages (%); mean ± sd of {n_seeds} seed(s)")
+    axis.set_ylabel(f"nDCG@10 (%), average of {len(result['start']['by_lang'])} languages")
     title = result["reading"][0] if result["reading"] else "unfinished"
-    axis.set_title(textwrap.fill(f"{title} (labelled simulation, not a language model)", 85), fontsize=10)
+    axis.set_title(textwrap.fill(f"{title} (labelled simulation, not a language model; mean and sd of {n_seeds} seeds)", 85), fontsize=10)
     axis.legend(frameon=False, fontsize=9)
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})

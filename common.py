@@ -719,6 +719,7 @@ class LLM:
         self.path = Path(cache) / "llm" / (re.sub(r"[^\w.-]+", "_", model) + ".jsonl")
         self.stats, self.client, self.file = Counter(), None, None
         self.reached, self.schema = False, None  # whether the server has answered yet; whether it takes response_format
+        self.stopped = None
         self.index = {}  # digest (16 bytes) -> offset of its line: 140 MB a million answers
         if self.path.exists():
             repair_last_line(self.path)
@@ -827,13 +828,13 @@ class LLM:
             if not isinstance(text, str):
                 raise TypeError(f"content is a {type(text).__name__}")
         except (openai.RateLimitError, openai.InternalServerError, openai.APIConnectionError, openai.ConflictError) as error:
-            raise DataError(f"{self.model}: the server keeps failing ({self.describe(error)}); what was answered is in "
+            raise self._stop(f"{self.model}: the server keeps failing ({self.describe(error)}); what was answered is in "
                             f"{self.path}: start again to go on") from None
         except openai.APIStatusError as error:
             told = self.describe(error)
             if error.status_code in (400, 413, 422) and self.TOO_MUCH.search(f"{error.code} {told}"):
                 return None, f"refused by the server: {told}", True  # about this one prompt, not about the run
-            raise DataError(f"{self.model}: the server refuses ({told}); check --llm, --base-url and OPENAI_API_KEY") from None
+            raise self._stop(f"{self.model}: the server refuses ({told}); check --llm, --base-url and OPENAI_API_KEY") from None
         except (ValueError, AttributeError, TypeError, LookupError, openai.OpenAIError, httpx2.HTTPError, aiohttp.ClientError):
             return None, "broken", False  # a 200 that is no chat completion, or hardly HTTP
         self.stats["asked"] += 1
@@ -854,9 +855,16 @@ class LLM:
         async with self.slots:
             if not self._known(body):
                 async with self.first:
-                    if not self._known(body):
+                    if not self._known(body) and not self.stopped:
                         return await self._post_first(body)
+            if self.stopped:
+                raise self.stopped
             return await self._send(body if self.schema else without_format(body))
+
+    def _stop(self, message):
+        """The error that ends the run: whatever still waits for its turn ends with it, too, without a call."""
+        self.stopped = DataError(message)
+        return self.stopped
 
     def _known(self, body):
         return self.reached and (self.schema is not None or "response_format" not in body)

@@ -1022,8 +1022,8 @@ def read_scores(answer, n):
 def parse_judgments(text, n=1, shown=()):
     """n judgments from an answer that is the JSON object asked for, fenced or not, or None.
 
-    With prose around it the object counts only if it is the single one there and is not copied from what the model was
-    shown: a passage may hold a judgment of its own.
+    With prose around it the object counts only if it is the single one there and is not copied from the passages that the
+    model was shown: they may hold a judgment of their own.
     """
     decoder = json.JSONDecoder(object_pairs_hook=unique_keys)
     whole = re.sub(r"^```(?:json)?\s*|\s*```$", "", text.strip())
@@ -1040,7 +1040,7 @@ def parse_judgments(text, n=1, shown=()):
         else:
             found.append((read_scores(answer, n), "".join(whole[at:end].split())))
         at = whole.find("{", end)
-    if len(found) != 1 or any(found[0][1] in "".join(passage.split()) for passage in shown):
+    if len(found) != 1 or any(found[0][1] in "".join(passage_text(p).split()) for p in shown):
         return None
     return found[0][0]
 
@@ -1053,12 +1053,12 @@ async def judge_list(llm, query, lang, candidates, reference=None, votes=1):
     """
     n, why = len(candidates), []
     messages = judge_messages(query, lang, candidates, reference)
-    shown = [query, *(passage_text(p) for p in (*candidates, *([reference] if reference else [])))]
+    shown = [{"text": query}, *candidates, *([reference] if reference else [])]
     asked = [llm.ask(messages, lambda text: parse_judgments(text, n, shown), why,
                      response_format=JUDGMENT if n == 1 else JUDGMENTS, max_tokens=64 if n == 1 else 64 + 40 * n,
                      **({"temperature": 0} if votes == 1 else {"temperature": 0.7, "seed": vote}))
              for vote in range(votes)]
-    ballots = [b for b in await asyncio.gather(*asked) if b is not None]
+    ballots = [b for b in ([await asked[0]] if votes == 1 else await asyncio.gather(*asked)) if b is not None]
     if not ballots:
         return [None] * n, why[0]
     verdicts = []

@@ -81,8 +81,8 @@ def test_an_answer_is_the_object_asked_for_or_nothing(text, value):
 
 def test_an_object_copied_from_a_passage_is_no_answer():
     copied = 'The passage says {"accuracy": 2, "completeness":2}.'
-    assert common.parse_judgments(copied, 1, ['x {"accuracy":2,\n"completeness": 2} y']) is None
-    assert common.parse_judgments(copied, 1, ["x"]) == [{"accuracy": 2, "completeness": 2}]
+    assert common.parse_judgments(copied, 1, [passage("1", 'x {"accuracy":2,\n"completeness": 2} y')]) is None
+    assert common.parse_judgments(copied, 1, [passage("1", "x")]) == [{"accuracy": 2, "completeness": 2}]
 
 
 def test_a_list_of_judgments_names_each_candidate_once():
@@ -376,11 +376,10 @@ def answered(paths, layout="openai", spoil=()):
 
 @pytest.mark.parametrize("layout", ["openai", "vllm"])
 @pytest.mark.parametrize("flags", [[], ["--listwise", 4, "--votes", 2]])
-def test_exported_answered_and_imported_is_as_online(tmp_path, monkeypatch, layout, flags):
+def test_exported_answered_and_imported_is_as_online(tmp_path, layout, flags):
     write(tmp_path / "in.jsonl", records(6))
     with Running() as server:
         online = filter_(tmp_path, server.url, *flags, out="online.jsonl", cache="c1")
-    monkeypatch.setattr(load_stage("02_filter_false_negatives"), "BATCH_REQUESTS", 40)
     filter_(tmp_path, "", "--batch-export", tmp_path / "b.jsonl", *flags)
     files = sorted(tmp_path.glob("b*.jsonl"))
     lines = answered(files, layout)

@@ -151,11 +151,14 @@ class Running:
             self.task = self.loop.create_task(self.server.serve(ready))
             try:
                 self.loop.run_until_complete(self.task)
-            except asyncio.CancelledError:  # connections that still stall end, too
-                left = asyncio.all_tasks(self.loop)
-                for task in left:
-                    task.cancel()
-                self.loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+            except asyncio.CancelledError:
+                self.loop.run_until_complete(end())
+
+        async def end():  # connections that still stall
+            left = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
         self.thread = threading.Thread(target=work, daemon=True)
         self.thread.start()
         assert up.wait(10), "the server did not start"

@@ -250,7 +250,18 @@ def test_other_thresholds_and_concurrency_ask_nothing_and_a_torn_line_is_repaire
         cache.write_bytes(b"".join(lines[:10]) + b"\x00\xff garbage\n" + b"".join(lines[10:-1]) + lines[-1][:-9])
         filter_(tmp_path, server.url, out="third.jsonl")
         assert len(server.bodies) == 77
+        filter_(tmp_path, server.url, out="again.jsonl")
+        assert len(server.bodies) == 77
         assert (tmp_path / "third.jsonl").read_bytes() == filter_(tmp_path, server.url, out="fourth.jsonl", cache="new").read_bytes()
+
+
+def test_the_best_reference_is_worded_most_like_the_candidate():
+    record = {"positive_passages": [passage("1", "Nairobi is the capital."), passage("2", "ソウルは韓国の首都です。"), passage("3", "Nairobi")]}
+    for text, first, best in (("The capital is Nairobi, the city.", "1", "1"), ("韓国の首都はソウルです", "1", "2"), ("zzz", "1", "1"), ("Nairobi", "1", "3")):
+        candidate = passage("9", text)
+        assert common.choose_reference(record, candidate)["docid"] == first
+        assert common.choose_reference(record, candidate, "best")["docid"] == best
+    assert common.choose_reference(record, passage("9", "x"), "none") is None
 
 
 @pytest.mark.parametrize("flags", [["--votes", 3], ["--no-reference"], ["--listwise", 4], ["--reference", "best"]])
@@ -421,9 +432,9 @@ def test_a_cascade_in_batches_is_as_online(tmp_path):
     write(tmp_path / "in.jsonl", records(4))
     with Running() as server:
         online = filter_(tmp_path, server.url, "--cascade-llm", "small", out="online.jsonl", cache="c1")
-    for i, model in enumerate(("small", "judge")):
+    for i, model in enumerate(("small", "judge")):  # the large model's calls are known once the small one has answered
         filter_(tmp_path, "", "--cascade-llm", "small", "--batch-export", tmp_path / f"{i}.jsonl")
-        assert {r["body"]["model"] for r in read(tmp_path / f"{i}.jsonl")} == {model}
+        assert {r["body"]["model"] for r in read(tmp_path / f"{i}.jsonl")} == {model} and not list(tmp_path.glob(f"{i}-*"))
         (tmp_path / f"r{i}.jsonl").write_text("".join(answered([tmp_path / f"{i}.jsonl"])))
         out = filter_(tmp_path, "", "--cascade-llm", "small", "--batch-import", tmp_path / f"r{i}.jsonl", "--max-unjudged", 1)
     assert out.read_bytes() == online.read_bytes()

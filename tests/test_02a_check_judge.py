@@ -94,6 +94,8 @@ def test_a_sheet_is_blind_shuffled_and_half_removed(sheet, tmp_path):
     removed = [k["removed"] for k in key if k["lang"] == "ko"]
     assert sorted(removed) == ["0"] * 4 + ["1"] * 4 and removed != sorted(removed, reverse=True)
     assert all(r["relevant"] == "" and not r["passage"].startswith("-") and r["question"] == "'=1+1?" for r in rows)
+    run("sample", "--input", tmp_path / "filtered.jsonl", "--per-language", 100, "--out", tmp_path / "all.csv")
+    assert len(read(tmp_path / "all.csv")) == 4 * 9 and "human" not in {r["passage"] for r in read(tmp_path / "all.csv")}
     before = sheet.read_bytes()
     run("sample", "--input", tmp_path / "filtered.jsonl", "--per-language", 8, "--out", sheet, "--overwrite")
     assert sheet.read_bytes() == before
@@ -122,6 +124,7 @@ def test_score_gives_agreement_and_kappa(sheet, tmp_path, capsys):
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     # te: 4 items (1, 1), 4 items (0, 1): observed 0.5, chance 0.75^2 + 0.25^2 = 0.625, kappa = -0.125 / 0.375
     assert lines["te"].endswith("-0.333 of 8") and lines["ko"].endswith("1.000 of 8") and "100.0 [51.0, 100.0] of 4" in lines["te"]
+    assert lines["te"].count(" of 4") == 2 and "  -  " in lines["te"]  # a tie decides nothing
     run("score", eve, "--key", f"{sheet}.key.csv")
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert "50.0 [21.5, 78.5] of 8" in lines["te"] and lines["te"].endswith("  -")

@@ -21,7 +21,7 @@ import json
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from common import (LLM, DataError, Output, Parser, dump, in_order, judge_candidates, judge_flags, parse_line, positive_int, progress,
+from common import (LLM, DataError, Output, Parser, dump, in_order, judge_candidates, judge_flags, parse_line, progress,
                     read_lines, read_queries, run, say)
 
 BATCH_REQUESTS, BATCH_BYTES = 50_000, 200_000_000  # OpenAI's limits of one batch file

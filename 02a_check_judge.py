@@ -5,7 +5,7 @@ Source  Sec. 3.3 has the judge; App. C checks 100 eliminated passages a language
 calibrate  judges pairs whose answer people already gave: further positives of a query (its first, or with --reference best the
            closest other one, is the reference) and judged negatives (`source: human`). Prints for each language: accuracy;
            thrown away = share of true negatives that --drop-at removes (strictness); let pass = share of relevant passages that
-           it would keep as negatives (1 - recall); each with its 95% Wilson interval. Answers are cached for the real run.
+           it would keep as negatives (1 - recall); each with its 95% Wilson interval. Answers are cached as those of 02 are.
 sample     writes a shuffled, blind sheet (CSV) of removed and kept passages for annotators, who fill the column `relevant` with
            1 (the passage answers the question) or 0, and OUT.key.csv with what the judge said, which they must not see
 score      reads one filled copy of the sheet per annotator and prints agreement with the judge and Fleiss' kappa by language
@@ -68,50 +68,49 @@ def show(header, rows):
 # ---- calibrate
 
 def labelled_pairs(args):
-    """{lang: [(record to judge with, passage, whether people call it relevant)]}, at most --pairs of each kind, drawn by seed."""
-    pairs = defaultdict(lambda: ([], []))
-    for record in read_queries(args.input, args.lang, args.limit):
+    """[(record, [(passage, whether people call it relevant)])]; at most --pairs of each kind a language, drawn by seed."""
+    found = defaultdict(list)  # (lang, relevant) -> [(number of the record, passage)]
+    records = list(read_queries(args.input, args.lang, args.limit))
+    for number, record in enumerate(records):
         positives = record["positive_passages"]
         known = {p["docid"] for p in positives}
-        for passage in record.get("negative_passages", []):
-            if passage.get("source") == "human" and passage["docid"] not in known:
-                pairs[record["lang"]][0].append((record, passage))
         # without a reference the first positive can be judged, too; with one, a passage is not its own reference
-        for passage in positives[0 if args.no_reference else 1:]:
-            others = [p for p in positives if p["docid"] != passage["docid"]]
-            pairs[record["lang"]][1].append((record | {"positive_passages": others or positives}, passage))
-    for lang, kinds in sorted(pairs.items()):
-        for relevant, found in enumerate(kinds):
-            draw = random.Random(f"{args.seed}:{lang}:{relevant}")
-            rows = sorted(draw.sample(range(len(found)), min(args.pairs, len(found))))
-            for row in rows:
-                yield lang, *found[row], bool(relevant)
+        found[record["lang"], True] += [(number, p) for p in positives[0 if args.no_reference else 1:]]
+        found[record["lang"], False] += [(number, p) for p in record.get("negative_passages", [])
+                                         if p.get("source") == "human" and p["docid"] not in known]
+    drawn = defaultdict(list)
+    for (lang, relevant), passages in sorted(found.items()):
+        for number, passage in random.Random(f"{args.seed}:{lang}:{relevant}").sample(passages, min(args.pairs, len(passages))):
+            drawn[number].append((passage, relevant))
+    return [(records[number], sorted(pairs, key=lambda pair: pair[0]["docid"])) for number, pairs in sorted(drawn.items())]
 
 
-async def judge_pairs(args, pairs):
+async def judge_pairs(args, asked):
+    """[(record, passage, relevant, verdict, reason)], and the client's statistics."""
+    results, bar = [], progress(desc="calibrate", unit=" pairs", total=sum(len(pairs) for _, pairs in asked))
     async with LLM(args.llm, args.cache, args.base_url, args.concurrency, args.timeout) as llm:
-        async def judge_pair(pair):
-            return (await judge_candidates(llm, pair[1], [pair[2]], args))[0]
-        results = []
-        bar = progress(desc="calibrate", unit=" pairs", total=len(pairs))
-        async for answer in in_order(pairs, judge_pair, 4 * args.concurrency):
-            results.append(answer)
-            bar.update()
-        bar.close()
-        return results, dict(llm.stats)
+        async def judge_query(query):
+            record, pairs = query
+            answers = await judge_candidates(llm, record, [passage for passage, _ in pairs], args)
+            return [(record, *pair, *answer) for pair, answer in zip(pairs, answers)]
+        async for answers in in_order(asked, judge_query, 4 * args.concurrency):
+            results += answers
+            bar.update(len(answers))
+    bar.close()
+    return results, dict(llm.stats)
 
 
 def calibrate(args):
-    pairs = list(labelled_pairs(args))
-    if not pairs:
+    asked = labelled_pairs(args)
+    if not asked:
         raise DataError(f"{args.input}: no query has a second positive or a negative of source 'human'; take a file with judgments")
-    results, stats = asyncio.run(judge_pairs(args, pairs))
+    results, stats = asyncio.run(judge_pairs(args, asked))
     table, lines = defaultdict(Counter), []
-    for (lang, record, passage, relevant), (verdict, reason) in zip(pairs, results):
-        for counts in (table[lang], table["all"]):
+    for record, passage, relevant, verdict, reason in results:
+        for counts in (table[record["lang"]], table["all"]):
             kind = "relevant" if relevant else "irrelevant"
             counts[f"{kind} unjudged" if verdict is None else f"{kind} {'removed' if verdict['grade'] >= args.drop_at else 'kept'}"] += 1
-        lines.append({"lang": lang, "query_id": record["query_id"], "docid": passage["docid"], "relevant": relevant}
+        lines.append({"lang": record["lang"], "query_id": record["query_id"], "docid": passage["docid"], "relevant": relevant}
                      | (verdict or {"unjudged": reason}))
     rows = []
     for lang in sorted(table, key=lambda name: (name == "all", name)):
@@ -123,7 +122,7 @@ def calibrate(args):
     show(["lang", "accuracy %", "negatives thrown away %", "false negatives let pass %", "unjudged"], rows)
     if args.out:
         write_text(args, args.out, lambda file: file.writelines(map(dump, lines)))
-    say(f"calibrate: {len(pairs)} pairs, {args.llm} at --drop-at {args.drop_at}, " + ", ".join(f"{k} {v}" for k, v in stats.items()))
+    say(f"calibrate: {len(results)} pairs, {args.llm} at --drop-at {args.drop_at}, " + ", ".join(f"{k} {v}" for k, v in stats.items()))
 
 
 # ---- sample

@@ -1077,8 +1077,11 @@ async def judge(llm, query, lang, candidate, reference=None, votes=1):
 
 
 def choose_reference(record, candidate, which="first"):
-    """The positive that the judge sees: the first, or the best, which shares most of its 4-grams with the candidate."""
-    positives = record["positive_passages"]
+    """The positive that the judge sees: the first, or the best, which shares most of its 4-grams with the candidate.
+
+    No passage is its own reference, where there is another (02a judges positives, too).
+    """
+    positives = [p for p in record["positive_passages"] if p["docid"] != candidate["docid"]] or record["positive_passages"]
     if which != "best" or len(positives) == 1:
         return None if which == "none" else positives[0]
 

@@ -12,8 +12,8 @@ Usage   python 02_filter_false_negatives.py --input runs/sample/candidates.jsonl
         In batches, for half the price at many hosts: --batch-export F.jsonl, have F*.jsonl answered by the host or by
         `vllm run-batch -i F.jsonl -o A.jsonl --model NAME`, then --batch-import A.jsonl
         With --cascade-llm the small model's answers come first: export, import, and export again for the large one.
-Cost    one call a candidate (MIRACL: 40,203 x 40 = 1.6 million); --dry-run tells before anything is spent. Our side: 0.8 ms
-        of one core a call, 110 MB + 140 MB a million cached answers
+Cost    one call a candidate (MIRACL: 40,203 x 40 = 1.6 million); --dry-run tells before anything is spent. Our side: about
+        1 ms of one core a call, 70 MB and 130 MB more for each million answers (bench/judge_*.py)
 """
 import asyncio
 import contextlib

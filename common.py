@@ -720,7 +720,7 @@ class LLM:
         self.stats, self.client, self.file = Counter(), None, None
         self.reached, self.schema = False, None  # whether the server has answered yet; whether it takes response_format
         self.stopped = None
-        self.index = {}  # digest (16 bytes) -> offset of its line: 140 MB a million answers
+        self.index = {}  # digest (16 bytes) -> offset of its line: 130 MB a million answers
         if self.path.exists():
             repair_last_line(self.path)
             self._open()

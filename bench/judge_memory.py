@@ -5,6 +5,12 @@
 First runs of --asked candidates over a real server (offline_llm.py), to see that asking does not grow with their number; then
 --candidates whose answers are stored in the cache as they are asked for (no server: at 1,000 calls/s it would take 17 minutes),
 and the whole stage over them with every answer cached. Each run is a process of its own.
+
+Measured on two cores (AMD EPYC) shared with other work, load 8: the times are upper bounds, the peaks are not affected.
+  asked       10000 candidates:    55.8 s, peak 70 MB
+  asked       30000 candidates:   115.9 s, peak 73 MB
+  stored    1000000 candidates:   122.2 s, peak 164 MB
+  hits      1000000 candidates:   305.3 s, peak 198 MB
 """
 import argparse
 import json

@@ -5,6 +5,11 @@
 The server (tests/faulty_server.py, a process of its own) mixes 429 with and without Retry-After, 500, 503, dropped connections,
 30-second stalls, truncated JSON, prose, wrong types, out-of-range grades, empty and refused answers, broken bodies. Prints seconds,
 what came back, and whether the output is that of a clean server, byte for byte. Kills are SIGKILL at random moments.
+
+Measured on two cores shared with other work, load 8:
+  clean:  71.5 s; 5000 judgments cached, 0 doubled
+  faulty: 140.2 s; 5000 judgments cached, 0 doubled; same output as clean
+  killed: 172.0 s, 10 kills (so at most 640 repeats); 5000 judgments cached, 0 doubled; 214 answers repeated; same output as clean
 """
 import argparse
 import json

@@ -15,6 +15,8 @@ calls a second. Two rounds (on the idle machine, `post` alone: 410-494 calls/s w
   create, aiohttp   68, 128           2.49, 2.36
   post, aiohttp     189, 305          1.16, 1.32
   stage 02          365, 267          1.27, 1.56
+and with --calls 3000 (start-up weighs more): 190, 213, 397, 278 calls/s; 3.77, 2.86, 1.64, 1.95 ms CPU. A profile of stage 02
+gives 92% of its time to the client; ours is prompts 1.5%, parsing 1.3%, cache 1%, records 1%, start 2%.
 """
 import argparse
 import asyncio

@@ -284,7 +284,7 @@ def batches(train_ids, queries, args, size):
         for _ in range(math.ceil(len(train_ids) / size)):
             for lang in pools:
                 owed[lang] += share[lang] / sum(share.values())
-            plan.append(max(pools, key=lambda lang: (round(owed[lang], 6), draw.random())))
+            plan.append(max(pools, key=lambda lang: round(owed[lang], 6)))
             owed[plan[-1]] -= 1
         draw.shuffle(plan)
         for lang in plan:
@@ -563,7 +563,7 @@ def train(args, encoder, queries, rank, world, log_path, checkpoint):
             state["dev"] = dev = validate(encoder, queries, dev_ids, args, rank, world)
             score = sum(v["mrr@10"] for v in dev.values()) / len(dev) if dev else step
             warnings = collapse_warnings(by_lang, dev, state["best_dev"])
-            lines.append({"step": step, "epoch": round(step / per_epoch, 3), "dev_mrr@10": round(score, 4), "dev": dev, "by_lang": by_lang,
+            lines.append({"step": step, "epoch": round(step / per_epoch, 3), "dev_mrr@10": round(score, 4) if dev else None, "dev": dev, "by_lang": by_lang,
                           "loss_by_lang": {k: round(total / n, 4) for k, (n, total) in sorted(state["loss"].items())}, "warnings": warnings})
             state |= {"loss": {}, "without_gain": state["without_gain"] + 1,
                       "best_dev": {lang: max(v["mrr@10"], state["best_dev"].get(lang, 0)) for lang, v in dev.items()}}

@@ -1,0 +1,118 @@
+"""The batches of 05_train.py, checked from --log-batches alone; nothing of the sampler is used to check it."""
+import gzip
+import json
+import random
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, load_stage
+
+stage = load_stage("05_train")
+TOPICS = ROOT.parent / "shared/data/miracl-full-topics-qrels/miracl"
+LANGS = "ar bn en es fa fi fr hi id ja ko ru sw te th zh".split()
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
+    return path
+
+
+def record(lang, query_id, topic, positives, query="질문 ๆ 🙂"):
+    texts = [{"docid": d, "title": "", "text": "ข้อความ"} for d in positives]
+    return {"query_id": query_id, "lang": lang, "query": query, "positive_passages": texts,
+            "negative_passages": [{"docid": f"n{n}", "title": "", "text": "metin"} for n in range(7)], "topic": topic}
+
+
+def plan(tmp_path, records, *flags):
+    """The lines of --log-batches without training, and the records that were not held out."""
+    write(tmp_path / "topics.jsonl", records)
+    stage.main(["--input", str(tmp_path / "topics.jsonl"), "--encoder", "none", "--max-steps", "0", "--dev-share", "0",
+                "--log-batches", str(tmp_path / "b.jsonl"), "--out", str(tmp_path / "m"), *map(str, flags)])
+    return [json.loads(line) for line in (tmp_path / "b.jsonl").read_text("utf-8").splitlines()]
+
+
+def even(available, size):
+    """The most even counts, by trial: one at a time to the topic that has fewest and still has a query."""
+    counts = dict.fromkeys(available, 0)
+    for _ in range(size):
+        able = [t for t in sorted(available) if counts[t] < available[t]]
+        if able:
+            counts[min(able, key=lambda t: counts[t])] += 1
+    return sorted(counts.values())
+
+
+def compatible(query, others, positives):
+    return all(not positives[query] & positives[o] for o in others)
+
+
+def check(lines, records, batch_size, reuse=True):
+    """Every property of the batches; returns how many there were of each language, and how many were split by common positives."""
+    topic = {(r["lang"], r["query_id"]): r["topic"] for r in records}
+    positives = {(r["lang"], r["query_id"]): {(r["lang"], p["docid"]) for p in r["positive_passages"]} for r in records}
+    of_lang, unused, steps, uneven = defaultdict(set), {}, Counter(), 0
+    for key in topic:
+        of_lang[key[0]].add(key)
+    for line in lines:
+        lang, keys = line["lang"], [(line["lang"], q) for q in line["query_ids"]]
+        steps[lang] += 1
+        assert len(set(keys)) == len(keys) and all(key in topic for key in keys), "monolingual, no query twice"
+        assert line["topics"] == [topic[key] for key in keys]
+        seen = set()
+        for key in keys:
+            assert not positives[key] & seen, "no two queries share a positive"
+            seen |= positives[key]
+        left = unused.setdefault(lang, set()) or set(of_lang[lang])  # a pass begins when the last query is used
+        first = [key for key in keys if key in left]
+        counts, available = Counter(topic[k] for k in first), Counter(topic[k] for k in left)
+        if sorted(counts[t] for t in available) != even(available, batch_size):
+            uneven += 1  # only where common positives leave no better choice: no exchange or addition makes it more even
+            rest = left - set(first)
+            for key in rest:
+                clash = [k for k in first if positives[k] & positives[key]]
+                if not clash:
+                    assert len(first) == batch_size and counts[topic[key]] + 1 >= max(counts.values()), (line["step"], key)
+                elif len(clash) == 1:
+                    assert counts[topic[key]] + 1 >= counts[topic[clash[0]]] or topic[key] == topic[clash[0]], (line["step"], key, clash)
+        left -= set(first)
+        if len(keys) < min(batch_size, len(of_lang[lang])):  # short although the language is large enough
+            assert not reuse or not [k for k in of_lang[lang] - set(keys) if compatible(k, keys, positives)]
+        if len(first) < len(keys):  # went on into the next pass; what clashed is not carried over
+            left = set(of_lang[lang]) - (set(keys) - set(first))
+        unused[lang] = left
+    return steps, uneven
+
+
+def full_topics():
+    """All training queries of MIRACL with their real positives; stand-in texts, and topics of skewed size."""
+    records = []
+    for lang in LANGS:
+        folder = TOPICS / f"miracl-v1.0-{lang}"
+        qrels = defaultdict(list)
+        with gzip.open(folder / f"qrels/qrels.miracl-v1.0-{lang}-train.tsv.gz", "rt", encoding="utf-8") as file:
+            for line in file:
+                query_id, _, docid, relevance = line.split()
+                if relevance == "1":
+                    qrels[query_id].append(docid)
+        with gzip.open(folder / f"topics/topics.miracl-v1.0-{lang}-train.tsv.gz", "rt", encoding="utf-8") as file:
+            for line in file:
+                query_id, query = line.rstrip("\n").split("\t")
+                # queries about one article have one topic, as clusters of positives would have it; sizes fall like 1/rank
+                draw = random.Random(f"{lang}:{qrels[query_id][0].split('#')[0]}")
+                topic = draw.choices(range(12), [1 / (t + 1) for t in range(12)])[0]
+                records.append(record(lang, query_id, topic, qrels[query_id], query))
+    return records
+
+
+@pytest.mark.skipif(not TOPICS.is_dir(), reason="needs ../shared/data/miracl-full-topics-qrels")
+def test_batches_of_all_40203_training_queries(tmp_path):
+    records = full_topics()
+    assert len(records) == 40_203
+    lines = plan(tmp_path, records, "--epochs", 3)
+    assert len(lines) == 3 * 1676
+    steps, uneven = check(lines, records, 24)
+    for start in range(0, len(lines), 1676):
+        in_epoch = Counter(line["lang"] for line in lines[start:start + 1676])
+        assert set(in_epoch) == set(LANGS) and max(in_epoch.values()) - min(in_epoch.values()) <= 1
+    print(f"{len(lines)} batches, {uneven} with fewer topics because of common positives")
+    assert uneven < 0.02 * len(lines)

@@ -43,7 +43,7 @@ def made(tmp_path_factory):
 
 
 def arguments(made, out, *flags, encoder="encoder"):
-    return [str(x) for x in ("--input", made / "topics.jsonl", "--encoder", made / encoder, "--negatives", 3, "--batch-size", 4, "--lr", "1e-2",
+    return [str(x) for x in ("--input", made / "topics.jsonl", "--encoder", made / encoder, "--negatives", 3, "--batch-size", 4, "--lr", "3e-4",
                              "--temperature", 0.1, "--epochs", 3, "--device", "cpu", "--out", made / out, *flags)]
 
 
@@ -72,6 +72,7 @@ KILLER = """
 import os, random, signal, sys
 sys.path[:0] = [{tests!r}]
 from conftest import load_stage
+from transformers import AutoModel, AutoTokenizer, BertModel, PreTrainedTokenizerFast  # once, not in every child
 stage, draw, kills = load_stage("05_train"), random.Random(7), 0
 while True:  # each child is a process of its own that dies by SIGKILL in the middle of its 3rd, 4th or 5th step
     steps, child = draw.randint(2, 4) if kills < 10 else 10**9, os.fork()
@@ -122,45 +123,6 @@ def test_the_checkpoint_does_not_grow(made):
     assert len(sizes) > 9 and max(sizes) - sizes[4] < 512  # the optimiser's moments come with the first step
 
 
-def torchrun(*args):
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, args)],
-                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-@pytest.fixture(scope="module")
-def one_process(made):
-    """One process with the whole batch, four queries from each of two processes that share it."""
-    stage.main(arguments(made, "one", "--batch-size", 8))
-    return made
-
-
-@pytest.mark.parametrize("flags", [[], ["--chunk-tokens", 60]], ids=["", "chunked"])
-def test_two_processes_that_gather_match_one_with_the_whole_batch(one_process, flags):
-    made, out = one_process, f"two{len(flags)}"
-    torchrun(ROOT / "05_train.py", *arguments(made, out, "--gather", *flags))
-    assert difference(weights_of(made, out), weights_of(made, "one")) < 1e-5
-    assert difference(weights_of(made, "one"), load_file(made / "encoder/model.safetensors")) > 1e-2
-    for ours, theirs in zip(log_of(made, out), log_of(made, "one"), strict=True):
-        assert ours.get("loss") == pytest.approx(theirs.get("loss"), abs=1e-4) and ours["lang"] == theirs["lang"] if "lang" in ours else True
-
-
-def test_two_processes_without_gather_take_different_batches_of_one_language_each(made):
-    torchrun(ROOT / "05_train.py", *arguments(made, "apart", "--log-batches", made / "apart.batches"))
-    lines = [json.loads(line) for line in (made / "apart.batches").read_text("utf-8").splitlines()]
-    log = [line for line in log_of(made, "apart") if "loss" in line]
-    lang = {(r["lang"], r["query_id"]) for r in map(json.loads, (made / "topics.jsonl").read_text("utf-8").splitlines())}
-    for step, (a, b) in enumerate(zip(lines[::2], lines[1::2], strict=True), 1):
-        assert a["step"] == b["step"] == step and (a["lang"], a["query_ids"]) != (b["lang"], b["query_ids"])
-        assert all((line["lang"], q) in lang for line in (a, b) for q in line["query_ids"])
-        assert log[step - 1]["lang"] == f"{a['lang']} {b['lang']}"
-
-
-def test_cached_gradients_give_the_same_weights(one_process):
-    stage.main(arguments(one_process, "cached", "--batch-size", 8, "--chunk-tokens", 60))
-    assert difference(weights_of(one_process, "cached"), weights_of(one_process, "one")) < 1e-5
-
-
 GATHERED = """
 import sys
 sys.path[:0] = [{tests!r}]
@@ -199,9 +161,50 @@ for shares in ([[0, 2], [1, 3]], [[0, 1, 2], [3]]):  # even and uneven
             assert abs(loss.item() - expected) < 1e-9, (loss.item(), expected)
             assert (total - torch.tensor(gradient)).abs().max() < 1e-9
 dist.destroy_process_group()
+for args in {runs!r}:
+    stage.main(args)
 """
 
 
-def test_gathered_and_chunked_gradients_equal_the_formula(tmp_path):
-    (tmp_path / "gathered.py").write_text(GATHERED.format(tests=str(ROOT / "tests")), "utf-8")
-    torchrun(tmp_path / "gathered.py")
+@pytest.fixture(scope="module")
+def one_process(made):
+    """One process with the whole batch, four queries from each of two processes that share it."""
+    stage.main(arguments(made, "one", "--batch-size", 8))
+    return made
+
+
+@pytest.fixture(scope="module")
+def two_processes(made):
+    """Under one torchrun: the gradients of uneven shares by the formula, and three trainings in two processes."""
+    runs = [arguments(made, "shared", "--gather"), arguments(made, "cached2", "--gather", "--chunk-tokens", 60),
+            arguments(made, "apart", "--log-batches", made / "apart.batches")]
+    (made / "two.py").write_text(GATHERED.format(tests=str(ROOT / "tests"), runs=runs), "utf-8")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(made / "two.py")],
+                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]  # also where a gathered gradient differs from the formula
+    return made
+
+
+@pytest.mark.parametrize("out", ["shared", "cached2"])
+def test_two_processes_that_gather_match_one_with_the_whole_batch(one_process, two_processes, out):
+    made = one_process
+    assert difference(weights_of(made, out), weights_of(made, "one")) < 1e-5
+    assert difference(weights_of(made, "one"), load_file(made / "encoder/model.safetensors")) > 1e-3
+    for ours, theirs in zip(log_of(made, out), log_of(made, "one"), strict=True):
+        assert ours.get("lang") == theirs.get("lang") and ours.get("loss") == pytest.approx(theirs.get("loss"), abs=1e-5)
+
+
+def test_two_processes_without_gather_take_different_batches_of_one_language_each(two_processes):
+    made = two_processes
+    lines = [json.loads(line) for line in (made / "apart.batches").read_text("utf-8").splitlines()]
+    log = [line for line in log_of(made, "apart") if "loss" in line]
+    keys = {(r["lang"], r["query_id"]) for r in map(json.loads, (made / "topics.jsonl").read_text("utf-8").splitlines())}
+    for step, (a, b) in enumerate(zip(lines[::2], lines[1::2], strict=True), 1):
+        assert a["step"] == b["step"] == step and (a["lang"], a["query_ids"]) != (b["lang"], b["query_ids"])
+        assert all((line["lang"], q) in keys for line in (a, b) for q in line["query_ids"])
+        assert log[step - 1]["lang"] == f"{a['lang']} {b['lang']}"
+
+
+def test_cached_gradients_give_the_same_weights(one_process):
+    stage.main(arguments(one_process, "cached", "--batch-size", 8, "--chunk-tokens", 60))
+    assert difference(weights_of(one_process, "cached"), weights_of(one_process, "one")) < 1e-5

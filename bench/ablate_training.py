@@ -9,7 +9,6 @@ Cost    two cores: about a minute a row and seed
 """
 import argparse
 import json
-import shlex
 import shutil
 import subprocess
 import sys
@@ -76,7 +75,7 @@ def main():
     parser.add_argument("--encoder", required=True), parser.add_argument("--seeds", nargs="+", default=["13", "14", "15"])
     parser.add_argument("--epochs", default="4"), parser.add_argument("--work", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--results", type=Path, default=ROOT / "results/ablate_training.json")
-    parser.add_argument("--prefix", default="", help="a command that starts each run, such as nice or a lock")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no run after so many; the next call goes on")
     parser.add_argument("--table", action="store_true", help="only print what is there")
     args = parser.parse_args()
     results = json.loads(args.results.read_text("utf-8")) if args.results.exists() else {"runs": {}, "seconds": 0}
@@ -86,7 +85,10 @@ def main():
     settings = ["--lr", "1e-3", "--temperature", "0.05", "--epochs", args.epochs]
     results |= {"settings": settings, "rows": {name: [negatives, *flags] for name, (negatives, flags) in ROWS.items()}}
     jobs = [("start", "-")] + [(name, seed) for seed in args.seeds for name in ROWS]
+    begun = time.time()
     for name, seed in [] if args.table else jobs:
+        if time.time() - begun > 60 * args.minutes:
+            break
         if seed in results["runs"].get(name, {}):
             continue
         model, out = args.work / "model", args.work / "eval"
@@ -99,8 +101,8 @@ def main():
             commands = [[sys.executable, ROOT / "05_train.py", "--input", args.work / f"{negatives}.jsonl", "--encoder", args.encoder,
                          "--seed", seed, *settings, *flags, "--out", model, "--overwrite"], evaluate]
         started = time.time()
-        script = " && ".join(shlex.join(map(str, command)) for command in commands)
-        subprocess.run([*shlex.split(args.prefix), "bash", "-c", script], check=True, stdout=subprocess.DEVNULL)
+        for command in commands:
+            subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
         (scores,) = json.loads((out / "metrics.json").read_text("utf-8"))["models"].values()
         shutil.rmtree(args.work / "cache")
         results["langs"] = [lang for lang in scores if lang != "avg"]

@@ -116,3 +116,69 @@ def test_batches_of_all_40203_training_queries(tmp_path):
         assert set(in_epoch) == set(LANGS) and max(in_epoch.values()) - min(in_epoch.values()) <= 1
     print(f"{len(lines)} batches, {uneven} with fewer topics because of common positives")
     assert uneven < 0.02 * len(lines)
+
+
+def small(sizes, n_topics=3, shared=()):
+    """sizes: {lang: queries}; shared: pairs of (lang, i, j) whose queries have a positive in common."""
+    records = [record(lang, str(i), i % n_topics, [f"p{i}"]) for lang, n in sizes.items() for i in range(n)]
+    index = {(r["lang"], r["query_id"]): r for r in records}
+    for lang, i, j in shared:
+        index[lang, str(i)]["positive_passages"] += index[lang, str(j)]["positive_passages"]
+    return records
+
+
+def test_batches_of_minimiracl_proportions_and_a_tiny_language(tmp_path):
+    records = small({"sw": 317, "te": 321, "zh": 145, "yo": 5}, shared=[("sw", i, i + 3) for i in range(0, 300, 6)])
+    steps, _ = check(plan(tmp_path, records, "--epochs", 6), records, 24)
+    assert max(steps.values()) - min(steps.values()) <= 1
+
+
+def test_reuse_shrink_and_merge(tmp_path):
+    records = small({"ko": 30, "ja": 40, "th": 7})
+    for r in records:
+        r["query"] = {"ko": "서울의 인구는 얼마입니까", "ja": "東京の人口は何人ですか", "th": "東京 ประชากร เท่าไร"}[r["lang"]]
+    lines = plan(tmp_path, records, "--epochs", 4, "--batch-size", 16)
+    assert {len(x["query_ids"]) for x in lines if x["lang"] != "th"} == {16} and {len(x["query_ids"]) for x in lines if x["lang"] == "th"} == {7}
+    lines = plan(tmp_path, records, "--epochs", 4, "--batch-size", 16, "--short-batch", "shrink")
+    check(lines, records, 16, reuse=False)
+    assert [len(x["query_ids"]) for x in lines if x["lang"] == "ko"][:4] == [16, 14, 16, 14]
+    lines = plan(tmp_path, records, "--epochs", 4, "--batch-size", 16, "--short-batch", "merge")
+    assert {x["lang"] for x in lines} == {"ko", "ja+th"}  # th shares letters with ja in these queries
+    assert {len(x["query_ids"]) for x in lines} == {16}
+
+
+def test_language_sampling_shares(tmp_path):
+    records = small({"sw": 400, "te": 100})
+    for flag, share in (("uniform", 1 / 2), ("proportional", 4 / 5), ("temperature", 2 / 3)):
+        lines = plan(tmp_path, records, "--epochs", 6, "--batch-size", 10, "--language-sampling", flag)
+        assert abs(sum(x["lang"] == "sw" for x in lines) - share * len(lines)) <= 1
+
+
+def test_ablation_flags_mix_languages_and_ignore_topics(tmp_path):
+    records = small({"sw": 60, "te": 60}) + small({"ko": 60}, n_topics=1)
+    lines = plan(tmp_path, records, "--epochs", 4, "--batch-size", 12, "--no-same-language")
+    assert {x["lang"] for x in lines} == {"mixed"} and max(max(Counter(x["topics"]).values()) - min(Counter(x["topics"]).values()) for x in lines[:3]) <= 1
+    lines = plan(tmp_path, records, "--epochs", 4, "--batch-size", 12, "--no-topic-balance")
+    assert {x["lang"] for x in lines} == {"sw", "te", "ko"}
+    assert any(max(Counter(x["topics"]).values()) - min(Counter(x["topics"]).values()) > 1 for x in lines if x["lang"] == "sw")
+
+
+def test_same_seed_same_batches_another_seed_others(tmp_path):
+    records = small({"sw": 60, "te": 30})
+    assert plan(tmp_path, records) == plan(tmp_path, records) != plan(tmp_path, records, "--seed", 14)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda r: r["negative_passages"].pop(), "6 negatives, --negatives wants 7"),
+    (lambda r: r.pop("topic"), "no 'topic'; make it with 04_cluster_topics.py"),
+    (lambda r: r.update(topic="3"), "'topic' is \"3\""),
+    (lambda r: r.pop("lang"), "no 'lang'"),
+    (lambda r: r["positive_passages"][0].update(text=" "), "want a string that is not empty"),
+    (lambda r: r.update(query_id="0"), "is there twice"),
+])
+def test_a_bad_record_is_named_with_file_and_line(tmp_path, change, words):
+    records = small({"ko": 5})
+    change(records[2])
+    with pytest.raises(stage.DataError, match=words) as error:
+        plan(tmp_path, records)
+    assert "topics.jsonl:3: " in str(error.value)

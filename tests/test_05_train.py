@@ -160,9 +160,11 @@ for shares in ([[0, 2], [1, 3]], [[0, 1, 2], [3]]):  # even and uneven
             dist.all_reduce(loss), dist.all_reduce(total)
             assert abs(loss.item() - expected) < 1e-9, (loss.item(), expected)
             assert (total - torch.tensor(gradient)).abs().max() < 1e-9
-dist.destroy_process_group()
+end = dist.destroy_process_group
+dist.init_process_group = dist.destroy_process_group = lambda *_: None  # one group for all, for it cannot be made twice
 for args in {runs!r}:
     stage.main(args)
+end()
 """
 
 

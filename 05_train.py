@@ -43,7 +43,7 @@ def build_parser():
     parser.add_argument("--input", required=True, metavar="FILE", help="topics.jsonl, or training data in Tevatron's layout")
     parser.add_argument("--encoder", required=True, metavar="MODEL", help="start from this folder or hub id; the paper: BAAI/bge-m3")
     parser.add_argument("--epochs", type=positive_int, default=20, help="an epoch is as many queries as the file has (Sec. 4.1: 20 for BGE-M3)")
-    parser.add_argument("--max-steps", type=int, metavar="S", help="stop after S optimiser steps; 0: only write --log-batches for all epochs")
+    parser.add_argument("--max-steps", type=lambda text: 0 if text == "0" else positive_int(text), metavar="S", help="stop after S optimiser steps; 0: only write --log-batches for all epochs")
     parser.add_argument("--batch-size", type=positive_int, default=24, help="queries a step and process (Sec. 4.1)")
     parser.add_argument("--negatives", type=positive_int, default=7, help="hard negatives a query and step, a different choice each time (Sec. 4.1)")
     parser.add_argument("--lr", type=positive_float, default=2e-6, help="highest learning rate (Sec. 4.1: 2e-6 for BGE-M3 and mE5, 3e-6 for mBERT and mDPR)")

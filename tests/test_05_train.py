@@ -210,3 +210,118 @@ def test_two_processes_without_gather_take_different_batches_of_one_language_eac
 def test_cached_gradients_give_the_same_weights(one_process):
     stage.main(arguments(one_process, "cached", "--batch-size", 8, "--chunk-tokens", 60))
     assert difference(weights_of(one_process, "cached"), weights_of(one_process, "one")) < 1e-5
+
+
+def one_line(capsys, args):
+    """What a user sees of a DataError: one line on stderr, exit status 2."""
+    from common import run
+    with pytest.raises(SystemExit) as end:
+        run(lambda: stage.main(args))
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2
+    return lines[-1]
+
+
+def test_a_non_finite_loss_names_the_queries_and_keeps_the_last_good_checkpoint(made, capsys):
+    real, left = stage.contrastive_loss, [8]
+
+    def failing(*args):
+        left[0] -= 1
+        return real(*args) * (float("nan") if left[0] < 0 else 1)
+
+    stage.contrastive_loss = failing
+    try:
+        line = one_line(capsys, arguments(made, "nan", "--save-every", 5))
+    finally:
+        stage.contrastive_loss = real
+    assert "step 9: loss nan" in line and "last good state is" in line and "lower --lr" in line
+    saved = torch.load(made / "nan.checkpoint/last.pt", weights_only=True)
+    assert saved["state"]["step"] == 5 and all(torch.isfinite(v).all() for v in saved["model"].values())
+    assert not (made / "nan").exists()
+    # a checkpoint of another run is not gone on with
+    line = one_line(capsys, arguments(made, "nan", "--temperature", 0.2))
+    assert "of another run (--temperature" in line and "--overwrite" in line
+    stage.main(arguments(made, "nan", "--temperature", 0.2, "--overwrite"))
+    assert (made / "nan/model.safetensors").exists()
+
+
+def test_bad_encoders_and_flags_are_one_line(made, capsys):
+    (made / "no encoder").mkdir()
+    assert "no encoder with a tokenizer" in one_line(capsys, arguments(made, "bad", encoder="no encoder"))
+    assert "trains nothing; name a file with --log-batches" in one_line(capsys, arguments(made, "bad", "--max-steps", 0))
+    for flags in (["--temperature", 0], ["--lr", "nan"], ["--alpha", -1], ["--max-steps", -1]):
+        with pytest.raises(SystemExit) as end:
+            stage.main(arguments(made, "bad", *flags))
+        assert end.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+    assert not list(made.glob("bad*"))
+
+
+def test_patience_stops_early_and_keeps_the_best_epoch(made):
+    real, scores = stage.validate, iter([0.2, 0.6, 0.5, 0.4, 0.9])
+    best = {}
+
+    def scored(encoder, *_):
+        score = next(scores)
+        if score == 0.6:
+            best.update({k: v.clone() for k, v in encoder.model.state_dict().items()})
+        return {"th": {"loss": 1.0, "mrr@10": score}}
+
+    stage.validate = scored
+    try:
+        stage.main(arguments(made, "early", "--epochs", 9, "--patience", 2))
+    finally:
+        stage.validate = real
+    epochs = [line for line in log_of(made, "early") if "dev" in line]
+    assert [line["dev_mrr@10"] for line in epochs] == [0.2, 0.6, 0.5, 0.4]
+    assert difference(best, weights_of(made, "early")) == 0
+    assert epochs[2]["warnings"] == [w for w in epochs[2]["warnings"] if "fell" in w or "fair share" in w]
+    assert any(w.startswith("th: dev MRR@10 fell from 0.600 to 0.500") for w in epochs[2]["warnings"])
+
+
+def test_the_log_counts_languages_and_warns_of_collapse(whole):
+    log = log_of(whole, "whole")
+    assert all({"step", "lang", "loss", "lr", "grad_norm", "epoch"} <= set(line) for line in log if "loss" in line)
+    assert json.loads((whole / "whole.log.jsonl").read_text("utf-8").splitlines()[0])["tokens_per_s"] > 0
+    batches = [json.loads(line) for line in (whole / "whole.batches").read_text("utf-8").splitlines()]
+    previous = 0
+    for line in (line for line in log if "by_lang" in line):
+        mine = [b for b in batches if previous < b["step"] <= line["step"]]
+        previous = line["step"]
+        for lang, counts in line["by_lang"].items():
+            used = [q for b in mine if b["lang"] == lang for q in b["query_ids"]]
+            assert counts == {"steps": sum(b["lang"] == lang for b in mine), "queries": len(used), "unique": len(set(used))}
+        assert set(line["dev"]) == {"fa", "ko", "sw", "th"} and set(line["loss_by_lang"]) <= set(line["by_lang"])
+    warnings = stage.collapse_warnings({"sw": {"queries": 10}, "te": {"queries": 90}}, {"te": {"mrr@10": 0.4}}, {"te": 0.5})
+    assert [w.split(":")[0] for w in warnings] == ["sw", "te"]
+
+
+def test_model_folder_has_a_card_and_a_picture(whole):
+    card = (whole / "whole/README.md").read_text("utf-8")
+    assert "46 training queries, 6 held out" in card and "2509.09459" in card and "temperature 0.1" in card and "| sw | 4 |" in card
+    assert (whole / "whole/loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("layout", ["flagembedding", "sentence-transformers"])
+def test_export_holds_the_training_queries_in_the_trainers_layout(made, layout):
+    stage.main(arguments(made, layout, "--max-steps", 1, "--export", layout))
+    given = {r["query"]: r for r in map(json.loads, (made / "topics.jsonl").read_text("utf-8").splitlines())}
+    lines = [json.loads(line) for lang in TEXTS for line in (made / f"{layout}.{layout}/{lang}.jsonl").read_text("utf-8").splitlines()]
+    assert len(lines) == 46
+    for line in lines:
+        if layout == "flagembedding":  # {"query": str, "pos": [str], "neg": [str]}
+            record, positive, negatives = given[line["query"]], line["pos"][0], line["neg"]
+        else:  # columns anchor, positive, negative_1 ..., as MultipleNegativesRankingLoss reads them
+            record, positive, *negatives = given[line["anchor"]], *list(line.values())[1:]
+            assert list(line) == ["anchor", "positive", *(f"negative_{n}" for n in range(1, 6))]
+        assert [positive, *negatives] == [f"{p['title']}\n{p['text']}" for p in record["positive_passages"] + record["negative_passages"]]
+
+
+@pytest.mark.parametrize("flags", [["--weighting", "none"], ["--weighting", "proportional"], ["--weight-on", "negatives"], ["--alpha", 2], ["--beta", 2],
+                                   ["--short-batch", "shrink"], ["--weight-decay", 0.1], ["--warmup", 0.9], ["--negatives", 2], ["--bf16"],
+                                   ["--query-max-len", 2], ["--passage-max-len", 3]], ids=str)
+def test_each_flag_changes_the_training(made, flags):
+    if not (made / "plain").exists():
+        stage.main(arguments(made, "plain", "--epochs", 1))
+    out = "flag" + "".join(map(str, flags))
+    stage.main(arguments(made, out, "--epochs", 1, *flags))
+    assert difference(weights_of(made, out), weights_of(made, "plain")) > 0

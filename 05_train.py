@@ -206,38 +206,53 @@ class Pool:
 
     def take(self, size):
         """Up to size query numbers: no query twice, no positive in common, topics as even as what is left allows."""
-        batch, positives, n_of = [], set(), Counter()
+        batch, owner, n_of = [], {}, Counter()  # owner: positive -> the query of the batch that has it; n_of: queries a topic
+        topic_of = lambda i: int(self.queries.topic[i]) if self.by_topic else 0  # noqa: E731
 
-        def add(topic):
-            """Move the topic's next query that shares no positive with the batch into it; False if there is none."""
-            for at in range(len(self.left[topic]) - 1, -1, -1):
-                i = self.left[topic][at]
-                if i not in batch and positives.isdisjoint(self.queries.positives(i)):
-                    batch.append(self.left[topic].pop(at))
-                    positives.update(self.queries.positives(i))
-                    n_of[topic] += 1
-                    self.uses[i] += 1
-                    return True
-            return False
+        def clash(i):
+            return {owner[p] for p in self.queries.positives(i) if p in owner}
+
+        def fill():
+            """Add one by one to the topic that has fewest in the batch and still has a query that fits."""
+            topics = {t for t in self.left if self.left[t]}
+            while len(batch) < size and topics:
+                topic = min(sorted(topics), key=lambda t: (n_of[t], self.draw.random()))
+                of_topic = self.left[topic]
+                at = next((at for at in range(len(of_topic) - 1, -1, -1) if of_topic[at] not in batch and not clash(of_topic[at])), None)
+                if at is None:
+                    topics.remove(topic)
+                else:
+                    put(topic, at)
+
+        def put(topic, at):
+            batch.append(self.left[topic].pop(at))
+            owner.update(dict.fromkeys(self.queries.positives(batch[-1]), batch[-1]))
+            n_of[topic] += 1
+
+        def exchange():
+            """Where a common positive keeps a topic behind, swap that one query; False when no swap makes it more even."""
+            for topic in sorted(t for t in self.left if n_of[t] + 1 < max(n_of.values())):
+                for at, i in enumerate(self.left[topic]):
+                    rivals = clash(i) or {max(batch, key=lambda j: n_of[topic_of(j)])}
+                    rival = rivals.pop()
+                    if not rivals and n_of[topic_of(rival)] > n_of[topic] + 1:
+                        put(topic, at)
+                        batch.remove(rival)
+                        self.left[topic_of(rival)].append(rival)
+                        n_of[topic_of(rival)] -= 1
+                        owner.clear()
+                        owner.update({p: j for j in batch for p in self.queries.positives(j)})
+                        return True
 
         if not any(self.left.values()):
             self.refill()
-        # the rarest topic first, each an equal share of what is missing then: the most even split there is
-        topics = sorted((t for t in self.left if self.left[t]), key=lambda t: (len(self.left[t]), self.draw.random()))
-        for n_topics, topic in zip(range(len(topics), 0, -1), topics):
-            share, rest = divmod(size - len(batch), n_topics)
-            for _ in range(share + (self.draw.random() * n_topics < rest)):
-                if not add(topic):
-                    break
-        # one by one where common positives stood in the way, then from the next pass
-        for next_pass in [False, True] if self.reuse and len(self.members) > len(batch) else [False]:
-            if len(batch) < size and next_pass:
-                self.refill()
-            topics = set(self.left)
-            while len(batch) < size and topics:
-                topic = min(sorted(topics), key=lambda t: (n_of[t], self.draw.random()))
-                if not add(topic):
-                    topics.remove(topic)
+        fill()
+        while exchange():
+            fill()
+        if len(batch) < size and self.reuse and len(batch) < len(self.members):
+            self.refill()
+            fill()
+        self.uses.update(batch)
         return batch
 
 
@@ -606,14 +621,14 @@ def main(argv=None):
         return
     checkpoint = Path(f"{args.out}.checkpoint") / "last.pt"
     owner, run_key = checkpoint.with_name("run.json"), json.loads(output.key(output.meta))
-    if owner.exists() and json.loads(owner.read_text("utf-8")) != run_key and not args.overwrite:
+    if checkpoint.exists() and json.loads(owner.read_text("utf-8")) != run_key and not args.overwrite:
         before = json.loads(owner.read_text("utf-8"))
         differ = [f"--{k.replace('_', '-')}" for k in run_key[0] if run_key[0][k] != before[0].get(k)] or ["the input or the encoder"]
         raise DataError(f"{checkpoint.parent} is of another run ({', '.join(differ)} differ); go on with that run's arguments, "
                         "pass --overwrite to start anew, or take another --out")
     queries = Queries(args)
     if args.processes > 1:
-        if args.device == "auto" and torch.cuda.is_available():
+        if args.device in ("auto", "cuda") and torch.cuda.is_available():
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(args.device)
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")

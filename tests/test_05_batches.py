@@ -101,7 +101,7 @@ def miracl(root):
     return records
 
 
-@pytest.mark.parametrize("root, n_queries, n_langs, epochs", [(FULL, 40_203, 16, 3), (MINI, None, 15, 10)], ids=["all of MIRACL", "mini-MIRACL"])
+@pytest.mark.parametrize("root, n_queries, n_langs, epochs", [(FULL, 40_203, 16, 2), (MINI, None, 15, 10)], ids=["all of MIRACL", "mini-MIRACL"])
 def test_batches_over_the_real_training_queries(tmp_path, root, n_queries, n_langs, epochs):
     if not root.is_dir():
         pytest.skip(f"needs {root}")

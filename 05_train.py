@@ -524,7 +524,7 @@ def train(args, encoder, queries, rank, world, log_path, checkpoint):
         state = saved["state"]
         say(f"going on from step {state['step']} of {n_steps}")
     distributed = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
-    log = open(os.devnull if rank else log_path, "ab")
+    log = open(os.devnull if rank else log_path, "ab", buffering=0)
     if not rank:
         log.truncate(state["log_bytes"])  # what came after the checkpoint comes again
     bar = progress(total=n_steps, initial=state["step"], desc="train", unit="step", disable=bool(rank))
@@ -595,7 +595,6 @@ def train(args, encoder, queries, rank, world, log_path, checkpoint):
                         torch.save(model.state_dict(), temporary)
         log.write("".join(map(dump, lines)).encode())
         if not rank and (by_lang or step == n_steps or step % args.save_every == 0):
-            log.flush()
             state["log_bytes"] = os.path.getsize(log_path)
             with atomic(checkpoint) as temporary:
                 torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state}, temporary)

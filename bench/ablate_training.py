@@ -73,7 +73,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True), parser.add_argument("--run", required=True, type=Path)
     parser.add_argument("--encoder", required=True), parser.add_argument("--seeds", nargs="+", default=["13", "14", "15"])
-    parser.add_argument("--epochs", default="4"), parser.add_argument("--work", type=Path, default=Path("runs/ablations"))
+    parser.add_argument("--epochs", default="3"), parser.add_argument("--work", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--results", type=Path, default=ROOT / "results/ablate_training.json")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no run after so many; the next call goes on")
     parser.add_argument("--table", action="store_true", help="only print what is there")

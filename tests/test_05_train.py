@@ -1,0 +1,327 @@
+"""05_train.py killed at random steps, in two processes, in chunks: always the same training."""
+import json
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, load_stage, run_stage
+from safetensors.torch import load_file
+
+stage = load_stage("05_train")
+TEXTS = {"th": "กรุงเทพ เป็น เมืองหลวง ของ ไทย แม่น้ำ เจ้าพระยา วัด ช้าง ข้าว ทะเล", "ko": "서울 대한민국 수도 한강 강 산 바다 도시 음식 김치",
+         "fa": "تهران پایتخت ایران رود کوه دریا شهر غذا کتاب شعر", "sw": "Nairobi mji mkuu Kenya mto mlima bahari chakula kitabu simba"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with topics.jsonl (52 queries, 4 languages, 3 topics) and encoder/: a BERT of 2 layers x 32 without dropout."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    top = tmp_path_factory.mktemp("train")
+    draw, words = random.Random(5), sorted({w for text in TEXTS.values() for w in text.split()})
+    records = []
+    for lang, n in (("th", 17), ("ko", 19), ("fa", 11), ("sw", 5)):
+        def passage(name, lang=lang):
+            return {"docid": name, "title": draw.choice(TEXTS[lang].split()), "text": " ".join(draw.choices(TEXTS[lang].split(), k=draw.randint(3, 20)))}
+        for q in range(n):
+            records.append({"query_id": str(q), "lang": lang, "query": " ".join(draw.choices(TEXTS[lang].split(), k=4)),
+                            "positive_passages": [passage(f"p{q}")], "negative_passages": [passage(f"n{q}-{j}") for j in range(5)],
+                            "false_negatives": [passage(f"p{(q + 1) % n}")], "topic": draw.randrange(3)})
+    (top / "topics.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["[PAD]", "[UNK]", *words])}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(top / "encoder")
+    torch.manual_seed(1)
+    for name, dropout in (("encoder", 0.0), ("dropout", 0.1)):
+        BertModel(BertConfig(vocab_size=len(words) + 2, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+                             hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)).save_pretrained(top / name)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(top / "dropout")
+    return top
+
+
+def arguments(made, out, *flags, encoder="encoder"):
+    return [str(x) for x in ("--input", made / "topics.jsonl", "--encoder", made / encoder, "--negatives", 3, "--batch-size", 4, "--lr", "3e-4",
+                             "--temperature", 0.1, "--epochs", 3, "--device", "cpu", "--out", made / out, *flags)]
+
+
+def log_of(made, out):
+    """The log without the speed, which is the one thing that a run may not repeat."""
+    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_s"} for line in (made / f"{out}.log.jsonl").read_text("utf-8").splitlines()]
+
+
+def weights_of(made, out):
+    return load_file(made / out / "model.safetensors")
+
+
+def difference(a, b):
+    assert a.keys() == b.keys()
+    return max((a[k] - b[k]).abs().max().item() for k in a)
+
+
+@pytest.fixture(scope="module")
+def whole(made):
+    """An undisturbed run, with dropout."""
+    stage.main(arguments(made, "whole", "--log-batches", made / "whole.batches", encoder="dropout"))
+    return made
+
+
+KILLER = """
+import os, random, signal, sys
+sys.path[:0] = [{tests!r}]
+from conftest import load_stage
+from transformers import AutoModel, AutoTokenizer, BertModel, PreTrainedTokenizerFast  # once, not in every child
+stage, draw, kills = load_stage("05_train"), random.Random(7), 0
+while True:  # each child is a process of its own that dies by SIGKILL in the middle of its 3rd, 4th or 5th step
+    steps, child = draw.randint(2, 4) if kills < 10 else 10**9, os.fork()
+    if child == 0:
+        def dying(*args, real=stage.backward):
+            global steps
+            steps -= 1
+            if steps < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args)
+        stage.backward = dying
+        stage.main({args!r})
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    if status == 0:
+        break
+    assert os.WTERMSIG(status) == signal.SIGKILL, status
+    kills += 1
+print(kills)
+"""
+
+
+def test_killed_at_ten_random_steps_it_ends_in_the_same_weights_and_log(whole):
+    made = whole
+    args = arguments(made, "killed", "--save-every", 2, "--log-batches", made / "killed.batches", encoder="dropout")
+    done = subprocess.run([sys.executable, "-c", KILLER.format(tests=str(ROOT / "tests"), args=args)], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.split() == ["10"], done.stderr[-2000:]
+    assert log_of(made, "killed") == log_of(made, "whole")
+    assert (made / "killed.batches").read_bytes() == (made / "whole.batches").read_bytes()
+    assert difference(weights_of(made, "killed"), weights_of(made, "whole")) == 0
+    assert not (made / "killed.checkpoint").exists()
+
+
+def test_the_checkpoint_does_not_grow(made):
+    sizes = []
+    real = stage.torch.save
+
+    def measured(content, path):
+        real(content, path)
+        if "state" in content:
+            sizes.append(os.path.getsize(path))
+
+    stage.torch.save = measured
+    try:
+        stage.main(arguments(made, "growing", "--save-every", 3))
+    finally:
+        stage.torch.save = real
+    assert len(sizes) > 9 and max(sizes) - sizes[4] < 512  # the optimiser's moments come with the first step
+
+
+GATHERED = """
+import sys
+sys.path[:0] = [{tests!r}]
+from test_05_loss import batch, reference, stage
+import torch, torch.distributed as dist
+from argparse import Namespace
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+queries, texts, target, masked = stage.collate(batch(), [0] * 4, Namespace(seed=13, negatives=3))
+keys = [t.split()[1] for t in texts]
+weight = torch.tensor([0.5, 1.0, 1.5, 2.0], dtype=torch.float64)
+vectors = torch.nn.functional.normalize(torch.randn(20, 8, dtype=torch.float64, generator=torch.manual_seed(1)), dim=1)
+for shares in ([[0, 2], [1, 3]], [[0, 1, 2], [3]]):  # even and uneven
+    mine = torch.tensor(shares[rank])
+    rows = (target[mine][:, None] + torch.arange(4)).flatten()
+    class Encoder:  # text i is a list of i + 1 ids; its vector is row i of a table
+        device, table = "cpu", vectors.clone().requires_grad_()
+        def forward(self, ids):
+            return self.table[[len(i) - 1 for i in ids]]
+        class model:
+            import contextlib
+            no_sync = staticmethod(contextlib.nullcontext)
+    for chunk_tokens in (None, 25):
+        for weight_on in ("loss", "negatives"):
+            expected, gradient = reference(vectors.numpy(), keys, 4, weight.tolist(), 0.05, weight_on, 6)
+            encoder = Encoder()
+            encoder.table = vectors.clone().requires_grad_()
+            def loss_of(v):
+                n = len(mine)
+                passages = stage.Gather.apply(v[n:], rows, 16)
+                return stage.contrastive_loss(v[:n], passages, target[mine], masked[mine], weight[mine], 0.05, weight_on, 6)
+            ids = [[1] * (int(i) + 1) for i in [*mine, *(4 + rows)]]
+            loss = stage.backward(encoder, ids, loss_of, chunk_tokens)
+            total = encoder.table.grad.clone()
+            dist.all_reduce(loss), dist.all_reduce(total)
+            assert abs(loss.item() - expected) < 1e-9, (loss.item(), expected)
+            assert (total - torch.tensor(gradient)).abs().max() < 1e-9
+end = dist.destroy_process_group
+dist.init_process_group = dist.destroy_process_group = lambda *_: None  # one group for all, for it cannot be made twice
+for args in {runs!r}:
+    stage.main(args)
+end()
+"""
+
+
+@pytest.fixture(scope="module")
+def one_process(made):
+    """One process with the whole batch, four queries from each of two processes that share it."""
+    stage.main(arguments(made, "one", "--batch-size", 8))
+    return made
+
+
+@pytest.fixture(scope="module")
+def two_processes(made):
+    """Under one torchrun: the gradients of uneven shares by the formula, and three trainings in two processes."""
+    runs = [arguments(made, "shared", "--gather"), arguments(made, "cached2", "--gather", "--chunk-tokens", 60),
+            arguments(made, "apart", "--log-batches", made / "apart.batches")]
+    (made / "two.py").write_text(GATHERED.format(tests=str(ROOT / "tests"), runs=runs), "utf-8")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(made / "two.py")],
+                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]  # also where a gathered gradient differs from the formula
+    return made
+
+
+@pytest.mark.parametrize("out", ["shared", "cached2"])
+def test_two_processes_that_gather_match_one_with_the_whole_batch(one_process, two_processes, out):
+    made = one_process
+    assert difference(weights_of(made, out), weights_of(made, "one")) < 1e-5
+    assert difference(weights_of(made, "one"), load_file(made / "encoder/model.safetensors")) > 1e-3
+    for ours, theirs in zip(log_of(made, out), log_of(made, "one"), strict=True):
+        assert ours.get("lang") == theirs.get("lang") and ours.get("loss") == pytest.approx(theirs.get("loss"), abs=1e-5)
+
+
+def test_two_processes_without_gather_take_different_batches_of_one_language_each(two_processes):
+    made = two_processes
+    lines = [json.loads(line) for line in (made / "apart.batches").read_text("utf-8").splitlines()]
+    log = [line for line in log_of(made, "apart") if "loss" in line]
+    keys = {(r["lang"], r["query_id"]) for r in map(json.loads, (made / "topics.jsonl").read_text("utf-8").splitlines())}
+    for step, (a, b) in enumerate(zip(lines[::2], lines[1::2], strict=True), 1):
+        assert a["step"] == b["step"] == step and (a["lang"], a["query_ids"]) != (b["lang"], b["query_ids"])
+        assert all((line["lang"], q) in keys for line in (a, b) for q in line["query_ids"])
+        assert log[step - 1]["lang"] == f"{a['lang']} {b['lang']}"
+
+
+def test_cached_gradients_give_the_same_weights(one_process):
+    stage.main(arguments(one_process, "cached", "--batch-size", 8, "--chunk-tokens", 60))
+    assert difference(weights_of(one_process, "cached"), weights_of(one_process, "one")) < 1e-5
+
+
+def one_line(capsys, args):
+    """What a user sees of a DataError: one line on stderr, exit status 2."""
+    from common import run
+    with pytest.raises(SystemExit) as end:
+        run(lambda: stage.main(args))
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2
+    return lines[-1]
+
+
+def test_a_non_finite_loss_names_the_queries_and_keeps_the_last_good_checkpoint(made, capsys):
+    real, left = stage.contrastive_loss, [8]
+
+    def failing(*args):
+        left[0] -= 1
+        return real(*args) * (float("nan") if left[0] < 0 else 1)
+
+    stage.contrastive_loss = failing
+    try:
+        line = one_line(capsys, arguments(made, "nan", "--save-every", 5))
+    finally:
+        stage.contrastive_loss = real
+    assert "step 9: loss nan" in line and "last good state is" in line and "lower --lr" in line
+    saved = torch.load(made / "nan.checkpoint/last.pt", weights_only=True)
+    assert saved["state"]["step"] == 5 and all(torch.isfinite(v).all() for v in saved["model"].values())
+    assert not (made / "nan").exists()
+    # a checkpoint of another run is not gone on with
+    line = one_line(capsys, arguments(made, "nan", "--temperature", 0.2))
+    assert "of another run (--temperature" in line and "--overwrite" in line
+    stage.main(arguments(made, "nan", "--temperature", 0.2, "--overwrite"))
+    assert (made / "nan/model.safetensors").exists()
+
+
+def test_bad_encoders_and_flags_are_one_line(made, capsys):
+    (made / "no encoder").mkdir()
+    assert "no encoder with a tokenizer" in one_line(capsys, arguments(made, "bad", encoder="no encoder"))
+    assert "trains nothing; name a file with --log-batches" in one_line(capsys, arguments(made, "bad", "--max-steps", 0))
+    for flags in (["--temperature", 0], ["--lr", "nan"], ["--alpha", -1], ["--max-steps", -1]):
+        with pytest.raises(SystemExit) as end:
+            stage.main(arguments(made, "bad", *flags))
+        assert end.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+    assert not list(made.glob("bad*"))
+
+
+def test_patience_stops_early_and_keeps_the_best_epoch(made):
+    real, scores = stage.validate, iter([0.2, 0.6, 0.5, 0.4, 0.9])
+    best = {}
+
+    def scored(encoder, *_):
+        score = next(scores)
+        if score == 0.6:
+            best.update({k: v.clone() for k, v in encoder.model.state_dict().items()})
+        return {"th": {"loss": 1.0, "mrr@10": score}}
+
+    stage.validate = scored
+    try:
+        stage.main(arguments(made, "early", "--epochs", 9, "--patience", 2))
+    finally:
+        stage.validate = real
+    epochs = [line for line in log_of(made, "early") if "dev" in line]
+    assert [line["dev_mrr@10"] for line in epochs] == [0.2, 0.6, 0.5, 0.4]
+    assert difference(best, weights_of(made, "early")) == 0
+    assert epochs[2]["warnings"] == [w for w in epochs[2]["warnings"] if "fell" in w or "fair share" in w]
+    assert any(w.startswith("th: dev MRR@10 fell from 0.600 to 0.500") for w in epochs[2]["warnings"])
+
+
+def test_the_log_counts_languages_and_warns_of_collapse(whole):
+    log = log_of(whole, "whole")
+    assert all({"step", "lang", "loss", "lr", "grad_norm", "epoch"} <= set(line) for line in log if "loss" in line)
+    assert json.loads((whole / "whole.log.jsonl").read_text("utf-8").splitlines()[0])["tokens_per_s"] > 0
+    batches = [json.loads(line) for line in (whole / "whole.batches").read_text("utf-8").splitlines()]
+    previous = 0
+    for line in (line for line in log if "by_lang" in line):
+        mine = [b for b in batches if previous < b["step"] <= line["step"]]
+        previous = line["step"]
+        for lang, counts in line["by_lang"].items():
+            used = [q for b in mine if b["lang"] == lang for q in b["query_ids"]]
+            assert counts == {"steps": sum(b["lang"] == lang for b in mine), "queries": len(used), "unique": len(set(used))}
+        assert set(line["dev"]) == {"fa", "ko", "sw", "th"} and set(line["loss_by_lang"]) <= set(line["by_lang"])
+    warnings = stage.collapse_warnings({"sw": {"queries": 10}, "te": {"queries": 90}}, {"te": {"mrr@10": 0.4}}, {"te": 0.5})
+    assert [w.split(":")[0] for w in warnings] == ["sw", "te"]
+
+
+def test_model_folder_has_a_card_and_a_picture(whole):
+    card = (whole / "whole/README.md").read_text("utf-8")
+    assert "46 training queries, 6 held out" in card and "2509.09459" in card and "temperature 0.1" in card and "| sw | 4 |" in card
+    assert (whole / "whole/loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("layout", ["flagembedding", "sentence-transformers"])
+def test_export_holds_the_training_queries_in_the_trainers_layout(made, layout):
+    stage.main(arguments(made, layout, "--max-steps", 1, "--export", layout))
+    given = {r["query"]: r for r in map(json.loads, (made / "topics.jsonl").read_text("utf-8").splitlines())}
+    lines = [json.loads(line) for lang in TEXTS for line in (made / f"{layout}.{layout}/{lang}.jsonl").read_text("utf-8").splitlines()]
+    assert len(lines) == 46
+    for line in lines:
+        if layout == "flagembedding":  # {"query": str, "pos": [str], "neg": [str]}
+            record, positive, negatives = given[line["query"]], line["pos"][0], line["neg"]
+        else:  # columns anchor, positive, negative_1 ..., as MultipleNegativesRankingLoss reads them
+            record, positive, *negatives = given[line["anchor"]], *list(line.values())[1:]
+            assert list(line) == ["anchor", "positive", *(f"negative_{n}" for n in range(1, 6))]
+        assert [positive, *negatives] == [f"{p['title']}\n{p['text']}" for p in record["positive_passages"] + record["negative_passages"]]
+
+
+@pytest.mark.parametrize("flags", [["--weighting", "none"], ["--weighting", "proportional"], ["--weight-on", "negatives"], ["--alpha", 2], ["--beta", 2],
+                                   ["--short-batch", "shrink"], ["--weight-decay", 0.1], ["--warmup", 0.9], ["--negatives", 2], ["--bf16"],
+                                   ["--query-max-len", 2], ["--passage-max-len", 3]], ids=str)
+def test_each_flag_changes_the_training(made, flags):
+    if not (made / "plain").exists():
+        stage.main(arguments(made, "plain", "--epochs", 1))
+    out = "flag" + "".join(map(str, flags))
+    stage.main(arguments(made, out, "--epochs", 1, *flags))
+    assert difference(weights_of(made, out), weights_of(made, "plain")) > 0

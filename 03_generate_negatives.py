@@ -46,7 +46,9 @@ TRIES = 3             # answers asked for, each with a seed of its own, before a
 MIN_LANGUAGE = {"summary": 0.5, "query": 0.1, "written": 0.5}  # least probability of the query's language; short texts of
 # names leave the detector unsure: of 1,380 questions by people (mini-MIRACL) none is under 0.1, of English refusals all are
 COPY = 0.8            # resemblance (Broder 1997: Jaccard of character 5-grams) from which a text repeats another
-GUARD_SAMPLE = 2_000  # passages of a language that tell its usual length and letter sequences
+GUARD_SAMPLE = 2_000  # passages of a language that tell its usual length and runs of letters
+MAX_UNSEEN = 0.75     # share of a text's runs of letters that the language's texts do not have; by people 0.67 at most, random
+MIN_DISTINCT = 0.25   # share of its runs that differ from one another; in passages 0.33 at least (mini-MIRACL, ar id sw te zh)
 ENOUGH = 20           # answers of a language from which --max-drift is applied; with fewer, only if all were rejected
 DRIFT_SAMPLE = 50     # negatives a language and source whose similarities are averaged in the summary
 REFUSAL = re.compile(r"(i'?m |i am )?(so |very )?sorry\b|i (can ?not|can'?t|could ?n[o']t|am unable)\b|as an ai\b", re.IGNORECASE)
@@ -181,18 +183,17 @@ def estimate(args, short):
 # --------------------------------------------------------------------------- guards: what the LLM writes is not trusted
 
 class Guard:
-    """What a text of a language usually looks like, from the first passages of its corpus, and which texts do not."""
+    """What a text of a language usually looks like, from its questions and the first passages of its corpus."""
 
-    def __init__(self, data, lang):
+    def __init__(self, data, lang, questions):
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
         passages = [p["text"] for path, lines in [next(read_shards(data, lang))]
                     for p in read_passages(path, lines[:GUARD_SAMPLE])]
-        self.lang, lengths = lang, sorted(map(len, passages))
-        self.length = lengths[len(lengths) // 100], lengths[-1 - len(lengths) // 100]  # characters, 1% to 99%
-        seen = {gram for i, text in enumerate(passages) if i % 10 for gram in grams(text, 3)}
-        held_out = sorted(unseen(text[:200], seen) for text in passages[::10])
-        # one passage in ten tells how much is unseen in a good text (Chinese: most); gibberish is half-way to all of it
-        self.seen, self.max_unseen = seen, (1 + held_out[-1 - len(held_out) // 50]) / 2
+        lengths = sorted(map(len, passages))
+        # characters; corpora of passages cut to one size are narrower than the language: half the 5% to twice the 95% quantile
+        self.length = lengths[len(lengths) // 20] // 2, lengths[-1 - len(lengths) // 20] * 2
+        self.lang, self.n = lang, 2 if lang in ("ja", "ko", "zh") else 3  # scripts of thousands of characters
+        self.seen = {gram for text in questions + passages for gram in grams(text, self.n)}
         self.identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
         languages = {*corpus_languages(data), lang, "en"}  # English: what models fall back to
         languages = (languages if len(languages) > 1 else set(LANGUAGES)) & set(self.identifier.labels)
@@ -205,8 +206,8 @@ class Guard:
             return "refused"
         if self.can_tell and dict(self.identifier.rank(text))[self.lang] < MIN_LANGUAGE[kind]:
             return "language"
-        found = grams(text[:300], 3)
-        if unseen(text[:300], self.seen) > self.max_unseen or len(set(found)) < 0.3 * len(found):
+        found = grams(text[:300], self.n)
+        if sum(g not in self.seen for g in found) > MAX_UNSEEN * len(found) or len(set(found)) < MIN_DISTINCT * len(found):
             return "gibberish"
         if kind == "written" and not self.length[0] <= len(text) <= self.length[1]:
             return "length"
@@ -214,15 +215,9 @@ class Guard:
 
 
 def grams(text, n):
-    """The text's runs of n characters, in order."""
-    text = normalise(text)
+    """The text's runs of n characters, in order; without white space, which stands for little where n is 2."""
+    text = normalise(text) if n > 2 else normalise(text).replace(" ", "")
     return [text[i:i + n] for i in range(max(1, len(text) - n + 1))]
-
-
-def unseen(text, seen):
-    """Share of the text's character trigrams that are not in seen."""
-    found = grams(text, 3)
-    return sum(g not in seen for g in found) / len(found)
 
 
 def resemblance(a, b):
@@ -363,7 +358,7 @@ async def generate(short, args, ensemble):
             if len(docids) < args.target + most:
                 raise DataError(f"{args.data}/corpus/{lang}: {len(docids)} passages, of which up to {most} are positives, cannot "
                                 f"give {args.target} negatives a query; lower --target")
-            guard = Guard(args.data, lang)
+            guard = Guard(args.data, lang, [q.query for q in queries])
             if not guard.can_tell:
                 say(f"{lang}: the language detector does not know it; the language of what is generated is not checked")
             for round_number in range(args.rounds):

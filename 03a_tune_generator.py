@@ -146,7 +146,7 @@ async def translate_all(args, records):
                 out += records
             else:
                 out += [record async for record in in_order(records, one, args.concurrency) if record]
-            counts[lang] |= {"translated": len(out) - before, "lost": len(records) - len(out) + before}
+            counts[lang]["translated"], counts[lang]["lost"] = len(out) - before, len(records) - len(out) + before
             if counts[lang]["lost"] > MAX_LOST * len(records):
                 raise DataError(f"{lang}: {counts[lang]['lost']} of {len(records)} samples got no usable translation from {args.llm} "
                                 f"({dict(counts[lang])}); take another model, or leave {lang} out")

@@ -166,18 +166,19 @@ def find_short(args):
 
 
 def estimate(args, short):
-    """Print the calls of a run: at least one answer of each kind for a short query, at most every try of every round."""
-    texts, least, most, tokens = 0, 0, 0, 0
-    for query in (q for queries in short.values() for q in queries):
+    """Print the calls of a run: at least what is needed if all is accepted at once, at most every try of every round."""
+    queries = [q for of_lang in short.values() for q in of_lang]
+    judged, least, most, tokens = 0 if args.no_judge_new else args.votes, 0, 0, 0
+    for query in queries:
         prompt = sum(len(m["content"].encode()) // 4 for m in judge_messages(query.query, query.lang, query.positives[0]))
-        new = query.missing if args.mode == "retrieve" else min(query.missing, int(args.max_written * args.target))
-        judged = 0 if args.no_judge_new else args.votes
-        texts += 1
-        least += (2 if args.mode == "retrieve" else new) + new * judged
-        most += args.rounds * (2 * TRIES + (args.target * judged) if args.mode == "retrieve" else new * (1 + judged))
-        tokens += prompt * ((2 if args.mode == "retrieve" else new) + new * judged)
-    print(f"{texts} short queries: {least} to {most} calls (all accepted at once, or every try of {args.rounds} rounds used and "
-          f"everything found judged); at least about {tokens} prompt tokens (estimated, bytes / 4)")
+        wanted = query.missing if args.mode == "retrieve" else min(query.missing, int(args.max_written * args.target))
+        generated, tries = (2, 2 * TRIES) if args.mode == "retrieve" else (wanted, wanted)
+        found = 2 * args.target if args.mode == "retrieve" else wanted
+        least += generated + wanted * judged
+        most += args.rounds * (tries + found * judged)
+        tokens += prompt * (generated + wanted * judged)
+    print(f"{len(queries)} short queries: {least} to {most} calls (all accepted at once, or every try of {args.rounds} rounds used "
+          f"and everything found judged); at least about {tokens} prompt tokens (estimated, bytes / 4)")
 
 
 # --------------------------------------------------------------------------- guards: what the LLM writes is not trusted
@@ -276,7 +277,7 @@ async def judge_new(llm, query, passages, args):
 
 async def top_up(llm, query, found, args):
     """Add the best found passages that the judge grades below --drop-at, until there are N."""
-    found = [p for p in found if query.is_new(p)]
+    found = [p for p in found if query.is_new(p)][:2 * args.target]
     query.why["found"] += len(found)
     while found and query.missing:
         batch, found = found[:query.missing], found[query.missing:]
@@ -300,7 +301,8 @@ async def retrieve_round(short, round_number, ensemble, llms, guard, args):
     asked = [(query, pair) for query, pair in zip(short, pairs) if pair]
     if not asked:
         return
-    lang, depth = guard.lang, args.target + max(len(q.known) for q, _ in asked)  # what is known already may fill the top
+    n_known = max(sum(isinstance(k, str) for k in q.known) for q, _ in asked)  # these docids may fill the top
+    lang, depth = guard.lang, 2 * args.target + n_known
     hits, _ = ensemble.search(lang, [new for _, (_, new) in asked], depth)
     passages = fetch_passages(args.data, lang, {h["row"] for found in hits for h in found})
     for query, (summary, new) in asked:

@@ -17,6 +17,7 @@ Cost    two calls and some judgments for each query that is short, none for the 
 import argparse
 import asyncio
 import contextlib
+import functools
 import hashlib
 import random
 import re
@@ -187,7 +188,6 @@ class Guard:
     """What a text of a language usually looks like, from its questions and the first passages of its corpus."""
 
     def __init__(self, data, lang, questions):
-        from py3langid.langid import MODEL_FILE, LanguageIdentifier
         passages = [p["text"] for path, lines in [next(read_shards(data, lang))]
                     for p in read_passages(path, lines[:GUARD_SAMPLE])]
         lengths = sorted(map(len, passages))
@@ -195,11 +195,10 @@ class Guard:
         self.length = lengths[len(lengths) // 20] // 2, lengths[-1 - len(lengths) // 20] * 2
         self.lang, self.n = lang, 2 if lang in ("ja", "ko", "zh") else 3  # scripts of thousands of characters
         self.seen = {gram for text in questions + passages for gram in grams(text, self.n)}
-        self.identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
         languages = {*corpus_languages(data), lang, "en"}  # English: what models fall back to
-        languages = (languages if len(languages) > 1 else set(LANGUAGES)) & set(self.identifier.labels)
-        self.can_tell = lang in languages
-        self.identifier.set_languages(sorted(languages))
+        self.identifier, known = load_identifier()
+        self.can_tell = lang in known
+        self.identifier.set_languages(sorted((languages if len(languages) > 1 else set(LANGUAGES)) & known))
 
     def reason(self, text, kind, others=()):
         """Why this text (kind: summary, query or written) is not used, or None. others: (name, text) it must not repeat."""
@@ -213,6 +212,14 @@ class Guard:
         if kind == "written" and not self.length[0] <= len(text) <= self.length[1]:
             return "length"
         return next((f"repeats {name}" for name, other in others if resemblance(text, other) >= COPY), None)
+
+
+@functools.cache
+def load_identifier():
+    """(the detector, every language it knows)."""
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    return identifier, frozenset(identifier.labels)
 
 
 def grams(text, n):

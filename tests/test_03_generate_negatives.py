@@ -177,6 +177,13 @@ def test_flags_change_what_is_asked(data, server):
     assert all(b["model"] == ("j" if kind_of(b) == "judge" else "m") for b in asked("--judge-llm", "j")[1])
 
 
+def test_written_text_must_be_judged_0_whatever_drop_at_says(data, server):
+    server.reply = lambda kind, text: '{"accuracy": 1, "completeness": 1}' if kind == "judge" else text
+    records, counts = generate(data, server, "--mode", "write", "--drop-at", 2, "--max-drift", 1)
+    assert {p["source"] for r in records for p in r["negative_passages"]} == {"random"}
+    assert outcomes(counts)["written rejected: judged relevant"] > 0
+
+
 @pytest.mark.parametrize("share, most", [(0, 0), (0.1, 1), (0.5, 6)])
 def test_written_text_is_at_most_its_share(data, server, share, most):
     server.reply = lambda kind, text: (random.Random(len(server.seen)).choice(SENTENCES) + " " + text) if kind == "written" else text

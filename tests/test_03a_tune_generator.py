@@ -26,7 +26,7 @@ def town(name, country, number):
     return f"{name} lies in {country}. It has {number} houses. People come to {name} to trade."
 
 
-def generator_chats(n=40):
+def generator_chats(n=48):
     """Chats as stage 03 asks them: summaries of town passages, and questions from such summaries."""
     stage, draw, chats = load_stage("03_generate_negatives"), random.Random(2), []
     for _ in range(n):
@@ -42,7 +42,7 @@ def generator_chats(n=40):
 
 def tune(top, out, *args, **env):
     return run_stage("03a_tune_generator.py", "--base", top / "base", "--instructions", top / "chats.jsonl", "--device", "cpu",
-                     "--lr", 1e-2, "--epochs", 5, "--dev-share", 0.1, "--out", top / out, *args, env=ONE_THREAD | env)
+                     "--lr", 1e-2, "--epochs", 6, "--dev-share", 0.1, "--out", top / out, *args, env=ONE_THREAD | env)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def top(tmp_path_factory):
 def test_the_loss_on_held_out_instructions_falls(top):
     losses = [row["dev_loss"] for row in read(top / "adapter.log.jsonl") if "dev_loss" in row]
     print("held-out loss:", losses)
-    assert len(losses) == 6 and losses[-1] < 0.4 * losses[0]
+    assert len(losses) == 7 and losses[-1] < 0.4 * losses[0]
 
 
 def test_the_merged_folder_answers_like_the_adapter(top):
@@ -78,7 +78,7 @@ def test_the_merged_folder_answers_like_the_adapter(top):
 
 def test_a_killed_run_goes_on_to_the_same_weights(top):
     command = [sys.executable, ROOT / "03a_tune_generator.py", "--base", top / "base", "--instructions", top / "chats.jsonl",
-               "--device", "cpu", "--lr", "0.01", "--epochs", "5", "--dev-share", "0.1", "--out", top / "again", "--save-every", "1"]
+               "--device", "cpu", "--lr", "0.01", "--epochs", "6", "--dev-share", "0.1", "--out", top / "again", "--save-every", "1"]
     process = subprocess.Popen(list(map(str, command)), env=os.environ | ONE_THREAD, stderr=subprocess.DEVNULL)
     checkpoint = top / "again.checkpoint/last.pt"
     while not checkpoint.exists() and process.poll() is None:
@@ -139,7 +139,7 @@ def test_stage_03_runs_against_the_merged_model_in_transformers_serve(top, tmp_p
     print(done.stderr)
     for record in read(tmp_path / "out.jsonl"):
         assert len(record["negative_passages"]) == 8
-        assert " is a town in " in record["summary"] and record["generated_query"].startswith("Where is the town of")
+        assert " is a town in" in record["summary"] and record["generated_query"].startswith("Where is the town")
         assert {p["source"] for p in record["negative_passages"]} == {"generated-query"}
 
 

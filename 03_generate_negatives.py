@@ -12,7 +12,8 @@ Writes  augmented.jsonl: + summary, generated_query (null where none was needed 
         augmented.jsonl.meta.json: by language: sources, rejections by reason, similarities; queries still short and why
 Usage   python 03_generate_negatives.py --input runs/sample/filtered.jsonl --data data/sample --retrievers bm25 models/sample
         --fusion rrf --llm Llama-3.1-70B-Instruct --target 30 --out runs/sample/augmented.jsonl
-Cost    two calls and some judgments for each query that is short, none for the others; --dry-run says how many
+Cost    two calls and some judgments for each query that is short, none for the others; --dry-run says how many. Only short
+        queries are held in memory. mini-MIRACL (sw te id ar zh), 25 of 1,380 short, two cores, stand-in LLM: 27 s, 0.9 GB
 """
 import argparse
 import asyncio

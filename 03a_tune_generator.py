@@ -13,7 +13,8 @@ Usage   python 03a_tune_generator.py --instructions alpaca_data.json --translate
             --out models/generator --merge
         vllm serve BASE --enable-lora --lora-modules generator=models/generator, or transformers serve models/generator/merged;
         then stage 03 with --llm generator (or --llm models/generator/merged)
-Cost    translation: up to 3 calls a sample and language. Training: a toy model of 0.2M weights takes seconds on a CPU
+Cost    translation: up to 3 calls a sample and language. Training on a CPU: seconds with the toy model of
+        tests/tiny_lm.py (held-out loss 5.81 -> 0.32 in 6 epochs of 86 examples); on a GPU not measured here
 """
 import asyncio
 import contextlib

@@ -25,7 +25,7 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
-from common import (LANGUAGES, LLM, DataError, Ensemble, Output, Parser, Rows, corpus_files, corpus_languages, fetch_passages,
+from common import (LANGUAGES, LLM, DataError, Ensemble, Output, Parser, corpus_files, corpus_languages, fetch_passages,
                     in_order, judge, judge_messages, labelled, normalise, passage_text, positive_int, progress, read_passages,
                     read_queries, read_shards, run, say)
 
@@ -363,10 +363,10 @@ async def generate(short, args, ensemble):
     generator = LLM(args.llm, args.cache, args.base_url, args.concurrency) if args.judge_llm not in (None, args.llm) else judge_llm
     async with judge_llm, contextlib.nullcontext() if generator is judge_llm else generator:
         for lang, queries in progress(sorted(short.items()), desc="generate", unit="language"):
-            docids = Rows(ensemble.index(lang)[1])
+            n_rows = sum(map(len, ensemble.index(lang)[1]))
             most = max(len(q.positives) for q in queries)
-            if len(docids) < args.target + most:
-                raise DataError(f"{args.data}/corpus/{lang}: {len(docids)} passages, of which up to {most} are positives, cannot "
+            if n_rows < args.target + most:
+                raise DataError(f"{args.data}/corpus/{lang}: {n_rows} passages, of which up to {most} are positives, cannot "
                                 f"give {args.target} negatives a query; lower --target")
             guard = Guard(args.data, lang, [q.query for q in queries])
             if not guard.can_tell:
@@ -383,7 +383,7 @@ async def generate(short, args, ensemble):
                         pass
                 check_drift(lang, queries, args)
             if args.fill == "random":
-                fill_random([q for q in queries if q.missing], lang, docids, args)
+                fill_random([q for q in queries if q.missing], lang, n_rows, args)
     return dict(judge_llm.stats + (generator.stats if generator is not judge_llm else Counter()))
 
 
@@ -400,13 +400,12 @@ def check_drift(lang, queries, args):
                         "or raise --max-drift")
 
 
-def fill_random(queries, lang, docids, args):
+def fill_random(queries, lang, n_rows, args):
     """Random passages of the language for what is still missing: easy negatives, better than a ragged batch."""
     rows = {}
     for query in queries:
         draw = random.Random(f"{args.seed}:{lang}:{query.query_id}")
-        drawn = draw.sample(range(len(docids)), min(len(docids), query.missing + len(query.known) + 16))
-        rows[query.query_id] = [row for row in drawn if docids[row].decode() not in query.known]
+        rows[query.query_id] = draw.sample(range(n_rows), min(n_rows, query.missing + len(query.known) + 16))
     passages = fetch_passages(args.data, lang, {row for of_query in rows.values() for row in of_query}) if rows else {}
     for query in queries:
         for row in rows[query.query_id]:

@@ -489,21 +489,16 @@ def read_settings(texts, model):
 
 
 def maker_settings(folder, name):
-    """The settings of a model as its sentence-transformers files (2.x to 6.x) give them, else KNOWN_MODELS, else OTHER_MODELS."""
-    def read(file):
-        try:
-            return json.loads((folder / file).read_text("utf-8")) if (folder / file).is_file() else None
-        except ValueError as error:
-            raise DataError(f"{folder / file}: not JSON ({error}); fetch the model again") from None
+    """(settings, longest input) of a model: its sentence-transformers files (2.x to 6.x), else KNOWN_MODELS, else OTHER_MODELS."""
     row = next((k for k in KNOWN_MODELS if re.search(k[0], name.lower())), OTHER_MODELS)
     settings = dict(zip(("pooling", "query_prefix", "passage_prefix", "normalise", "title_join"), row[1:]))
-    modules = [(m["type"].split(".")[-1], m["path"]) for m in read("modules.json") or []]
+    modules = [(m["type"].split(".")[-1], m["path"]) for m in read_json(folder / "modules.json") or []]
     if unknown := [kind for kind, _ in modules if kind not in ("Transformer", "Pooling", "Normalize")]:
         raise DataError(f"{folder}/modules.json: {unknown[0]} is not supported; want Transformer, Pooling and Normalize")
-    pooling = read(f"{dict(modules).get('Pooling', '1_Pooling')}/config.json")
+    pooling = read_json(folder / dict(modules).get("Pooling", "1_Pooling") / "config.json")
     if modules:
         settings["normalise"] = "Normalize" in dict(modules)
-    if pooling is not None:
+    if pooling:
         old = [key.split("_")[2] for key, on in pooling.items() if key.startswith("pooling_mode_") and on]
         settings["pooling"] = pooling.get("pooling_mode") or "+".join(old) or "mean"
         if settings["pooling"] not in ("mean", "cls"):
@@ -511,12 +506,12 @@ def maker_settings(folder, name):
                             "--settings pooling=...")
         if pooling.get("include_prompt") is False:
             raise DataError(f"{folder}: pooling without the prompt is not supported; want include_prompt true")
-    files = read("config_sentence_transformers.json") or {}
+    files = read_json(folder / "config_sentence_transformers.json")
     prompts = files.get("prompts") or {}
     for key, names in (("query_prefix", ["query"]), ("passage_prefix", ["document", "passage", "corpus"])):
         names = [*names, files.get("default_prompt_name")]
         settings[key] = next((prompts[n] for n in names if prompts.get(n)), settings[key])
-    return settings, (read("sentence_bert_config.json") or {}).get("max_seq_length")
+    return settings, read_json(folder / "sentence_bert_config.json").get("max_seq_length")
 
 
 def pick_device(name):
@@ -556,19 +551,10 @@ def digest_folder(folder):
 class Encoder:
     """A bi-encoder in Hugging Face layout, used as its maker uses it (maker_settings) unless --settings says otherwise.
 
-    The weights are loaded when something must be encoded: a run that finds all vectors in the cache needs none of them.
+    Tokenizer and weights are loaded when something must be encoded: a run that finds all vectors in the cache needs neither.
     """
 
     def __init__(self, name, device="auto", query_max_len=64, passage_max_len=256, settings=()):
-        import torch
-        from transformers import AutoTokenizer
-        from transformers.utils import logging
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        if sys.platform == "linux":  # keep blocks of up to 64 MiB: 10-40% of CPU time goes to page faults otherwise
-            libc = ctypes.CDLL(None)
-            libc.mallopt(-3, 1 << 26), libc.mallopt(-1, 1 << 26)
-        torch.set_float32_matmul_precision("medium")  # 1.8x on AMD CPUs, differences of 5e-6
         self.name, self.device, self._fingerprint = short_name(name), pick_device(device), None
         self.folder = folder = model_folder(name)
         given = read_settings(settings, self.name)
@@ -576,15 +562,26 @@ class Encoder:
         used = maker | given
         self.pooling, self.normalise, self.title_join = used["pooling"], used["normalise"], used["title_join"]
         self.prefix = {"query": used["query_prefix"], "passage": used["passage_prefix"]}
-        self.tokenizer = load_tokenizer(folder)
-        limits = [n for n in (limit, self.tokenizer.model_max_length, max_positions(folder)) if n]
-        self.max_len = {"query": given.get("query_max_len", min(query_max_len, *limits)),
-                        "passage": given.get("passage_max_len", min(passage_max_len, *limits))}
+        find_tokenizer(folder)
+        limits = [n for n in (limit, read_json(folder / "tokenizer_config.json").get("model_max_length"), max_positions(folder)) if n]
+        self.max_len = {"query": given.get("query_max_len", min([query_max_len, *limits])),
+                        "passage": given.get("passage_max_len", min([passage_max_len, *limits]))}
+
+    @functools.cached_property
+    def tokenizer(self):
+        return load_tokenizer(self.folder)
 
     @functools.cached_property
     def model(self):
         import torch
         from transformers import AutoModel
+        from transformers.utils import logging
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        if sys.platform == "linux":  # keep blocks of up to 64 MiB: 10-40% of CPU time goes to page faults otherwise
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-3, 1 << 26), libc.mallopt(-1, 1 << 26)
+        torch.set_float32_matmul_precision("medium")  # 1.8x on AMD CPUs, differences of 5e-6
         try:
             model = AutoModel.from_pretrained(self.folder, dtype=torch.float32).to(self.device).eval()
         except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -690,22 +687,34 @@ class Encoder:
         return stored.load()
 
 
+def find_tokenizer(folder):
+    files = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model")
+    if not any((folder / name).is_file() for name in files):
+        raise DataError(f"{folder}: no tokenizer (none of {', '.join(files)}); fetch the model again, or copy the tokenizer of the "
+                        "model it was made from into the folder")
+
+
 def load_tokenizer(folder):
     """The tokenizer of a model folder; DataError where there is none."""
     from transformers import AutoTokenizer
+    find_tokenizer(folder)
     try:
-        if not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "sentencepiece.bpe.model")):
-            raise OSError("no tokenizer.json, vocab.txt or sentencepiece.bpe.model")
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder}: no tokenizer in Hugging Face layout ({str(error)[:120]}); fetch the model again, or copy the "
-                        "tokenizer of the model it was made from into the folder") from None
+    except Exception as error:  # the tokenizers library raises bare Exceptions for a damaged file
+        raise DataError(f"{folder}: the tokenizer cannot be loaded ({str(error)[:120]}); fetch the model again") from None
+
+
+def read_json(path):
+    """The object of a model folder's JSON file, {} where there is no such file."""
+    try:
+        return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}); fetch the model again") from None
 
 
 def max_positions(folder):
     """The longest input that the position embeddings of a model allow, or None."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    config = read_json(folder / "config.json")
     n = config.get("max_position_embeddings")
     if n and any(kind in config.get("model_type", "") for kind in ("roberta", "camembert")):
         n -= 1 + config.get("pad_token_id", 1)  # these count positions from the padding id on

@@ -921,6 +921,8 @@ class Ensemble:
                     if not target.path.is_file():
                         encoder = self.encoders[name]
                         target.save(encoder.encode([encoder.passage_text(p) for p in passages], "passage").astype(np.float16))
+            if todo and sys.platform == "linux":
+                ctypes.CDLL(None).malloc_trim(0)  # the search needs other blocks
 
     def _queries(self, queries):
         """{retriever: (N, D) fp16 vectors}; those of the last call with all these queries are still at hand."""

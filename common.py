@@ -930,11 +930,12 @@ class Ensemble:
         known, vectors = self._vectors
         places = {query: i for i, query in enumerate(known)}
         if not all(q in places for q in queries):
-            together(lambda: [e.encode_cached(queries, "query", self.cache) for e in self.encoders.values()
+            known = list(dict.fromkeys(queries))  # each once, so that the key in the cache is that of any call with these queries
+            together(lambda: [e.encode_cached(known, "query", self.cache) for e in self.encoders.values()
                               if world()[0] == 0])  # the others find them in the cache
-            vectors = {n: np.array(e.encode_cached(queries, "query", self.cache)) for n, e in self.encoders.items()}
+            vectors = {n: np.array(e.encode_cached(known, "query", self.cache)) for n, e in self.encoders.items()}
             vectors = {n: unit(v) if self.to_unit[n] else v for n, v in vectors.items()}
-            self._vectors, places = (list(queries), vectors), {query: i for i, query in enumerate(queries)}
+            self._vectors, places = (known, vectors), {query: i for i, query in enumerate(known)}
         return {n: v[[places[q] for q in queries]] for n, v in vectors.items()}
 
     def _block(self, name, stored):

@@ -118,11 +118,11 @@ def test_each_method_flag_changes_the_output(words, tmp_path):
 
 
 def test_the_summary_tells_what_each_retriever_finds(words, tmp_path):
-    run_mine(words, tmp_path, "--depth", 6, "--fusion", "rrf", retrievers=("first", "bm25"))
+    run_mine(words, tmp_path, "--depth", 7, "--fusion", "rrf", retrievers=("first", "bm25"))
     row = json.loads((tmp_path / "out.jsonl.meta.json").read_text("utf-8"))["counts"]["by_lang"]["en"]
     assert row["queries"] == 1 and row["candidates"] == 6
-    assert row["first recall@6 of positives"] == 1.0 and row["first mean rank"] == 1.0
-    assert row["first recall@6 of judged negatives"] == 1.0
+    assert row["first recall@7 of positives"] == 1.0 and row["first mean rank"] == 1.0
+    assert row["first recall@7 of judged negatives"] == 1.0  # "4#0" comes seventh
     assert 0 < row["overlap"] <= 1
 
 
@@ -253,7 +253,8 @@ def test_another_depth_strategy_or_fusion_encodes_nothing_and_a_changed_file_its
     monkeypatch.setattr(common.Encoder, "encode", lambda self, texts, kind: encoded.append((kind, len(texts))) or encode(self, texts, kind))
     runs = arguments(collection, data, cache, tmp_path)
     mine(runs[1])
-    assert encoded == [("passage", 50)] * 6 + [("query", 25)] * 2
+    n_queries = len({r["query"] for r in read(data / "train.jsonl")})
+    assert encoded == [("passage", 50)] * 6 + [("query", n_queries)] * 2
     encoded.clear()
     for flags in (runs[0], runs[2], [*runs[1], "--depth", "5", "--overwrite"], [*runs[1], "--strategy", "topk", "--overwrite"]):
         mine(flags)
@@ -266,9 +267,10 @@ def test_another_depth_strategy_or_fusion_encodes_nothing_and_a_changed_file_its
     corpus[70]["text"] = "a new text"
     write(data / "corpus/en.jsonl", corpus)
     mine(runs[1])
-    assert encoded == [("passage", 50)] * 2
+    assert encoded == [("passage", 50)] * 2  # one shard of three, by two encoders
+    encoded.clear()
     mine([*runs[1], "--settings", "first:pooling=cls", "--overwrite"])
-    assert encoded == [("passage", 50)] * 5 + [("query", 25)]
+    assert encoded == [("passage", 50)] * 3 + [("query", n_queries)]
 
 
 def test_a_record_is_mined_alike_alone_and_among_others(collection, expected, tmp_path):

@@ -79,9 +79,9 @@ def test_settings_override_the_maker_and_each_changes_the_vectors(tmp_path):
 
 
 def test_a_vector_does_not_depend_on_what_is_encoded_with_it(tmp_path):
-    encoder, batch = Encoder(random_bert(tmp_path / "model", WORDS), "cpu"), texts(300)
+    encoder, batch = Encoder(random_bert(tmp_path / "model", WORDS), "cpu"), texts(100)
     together = encoder.encode(batch, "passage")
-    for n in (1, 7, 100):
+    for n in (1, 7):
         apart = np.concatenate([encoder.encode(batch[i:i + n], "passage") for i in range(0, len(batch), n)])
         assert np.array_equal(apart, together)
     threads = torch.get_num_threads()

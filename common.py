@@ -665,6 +665,7 @@ class Encoder:
                      for ids in self.tokenize(texts[at:at + 1024], kind)]
         order = sorted(range(len(texts)), key=lambda i: len(token_ids[i]))
         vectors, start = np.zeros((len(texts), self.model.config.hidden_size), np.float32), 0
+        n_batches = 0
         with torch.inference_mode():
             while start < len(order):
                 end, shortest = start + 1, len(token_ids[order[start]])
@@ -676,7 +677,9 @@ class Encoder:
                 if not cuda:  # products of a few rows take another path, with other rounding
                     rows += rows[-1:] * max(0, math.ceil(MIN_TOKENS / shortest) - len(rows))
                 vectors[batch] = self.forward(rows, self.normalise)[:len(batch)].cpu().numpy()
-                start = end
+                start, n_batches = end, n_batches + 1
+                if n_batches % 8 == 0 and sys.platform == "linux":
+                    ctypes.CDLL(None).malloc_trim(0)  # each length leaves blocks of another size behind
         return vectors
 
     def stored(self, kind, key, n_rows, cache):
@@ -926,8 +929,6 @@ class Ensemble:
                     if not target.path.is_file():
                         encoder = self.encoders[name]
                         target.save(encoder.encode([encoder.passage_text(p) for p in passages], "passage").astype(np.float16))
-            if todo and sys.platform == "linux":
-                ctypes.CDLL(None).malloc_trim(0)  # the search needs other blocks
 
     def _queries(self, queries):
         """{retriever: (N, D) fp16 vectors}; those of the last call with all these queries are still at hand."""

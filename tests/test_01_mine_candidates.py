@@ -344,8 +344,8 @@ def test_fused_scores_equal_a_brute_force_reference_on_swahili(tmp_path):
     from sentence_transformers import SentenceTransformer
     load_stage("00_prepare_data").main(["--source", "miracl", "--root", str(MINIMIRACL), "--lang", "sw", "--out", str(tmp_path / "data")])
     for seed, name in enumerate(("first", "second")):
-        make = [sys.executable, ROOT / "sample/make_encoder.py", "--data", tmp_path / "data", "--out", tmp_path / name, "--steps", 0,
-                "--width", 128 + 64 * seed, "--vocab", 6000, "--seed", seed]
+        make = [sys.executable, ROOT / "sample/make_encoder.py", "--data", tmp_path / "data", "--out", tmp_path / name, "--steps", 0, "--max-passages", 400,
+                "--width", 128 + 64 * seed, "--vocab", 4000, "--seed", seed]
         subprocess.run(list(map(str, make)), check=True, capture_output=True)
     weights, depth = [1.0, 0.6], 40
     mine(["--data", str(tmp_path / "data"), "--retrievers", str(tmp_path / "first"), str(tmp_path / "second"), "--weights", "1", "0.6",

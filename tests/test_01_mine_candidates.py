@@ -44,8 +44,8 @@ def passage(docid, text, title=""):
 
 
 # cosines with the query "a b c d" by word_model: (words in common) / 4
-CORPUS = [passage("1#0", "a b c d"), passage("1#1", "a b c x"), passage("2#0", " A b  c D"), passage("3#10", "a b x y"),
-          passage("3#2", "y b a x"), passage("4#0", "a x y z"), passage("5#0", "x y z w"), passage("6#0", "c d e w")]
+CORPUS = [passage("1#0", "a b c d"), passage("1#1", "a b c x"), passage("2#0", " A b  c D"), passage("3#2", "y b a x"),
+          passage("3#10", "a b x y"), passage("4#0", "a x y z"), passage("5#0", "x y z w"), passage("6#0", "c d e w")]
 COSINE = {"1#0": 1, "1#1": .75, "3#10": .5, "3#2": .5, "6#0": .5, "4#0": .25, "5#0": 0}
 
 

@@ -7,17 +7,23 @@ Source  Sec. 3.3: V = E(f_1) o ... o E(f_z) scores the passages, the top k = 40 
 Reads   DATA/train.jsonl, DATA/corpus/<lang>.jsonl[.gz]
 Writes  candidates.jsonl: the records + candidate_passages [{docid, title, text, score, scores, ranks}], best first
 Usage   python 01_mine_candidates.py --data data/sample --retrievers bm25 models/sample --fusion rrf --out runs/sample/candidates.jsonl
-Cost    embeddings are cached by model, settings and corpus shard: another depth, strategy or fusion encodes nothing
+        torchrun --nproc-per-node 8 01_mine_candidates.py ...   the same bytes; nodes share the --cache folder
+Cost    embeddings are cached by model, settings and corpus shard: another depth, strategy, fusion or weight encodes nothing
 """
-from collections import defaultdict
+import tempfile
+from collections import Counter, defaultdict
 
-from common import (DataError, Ensemble, Output, Parser, corpus_files, fetch_passages, normalise, passage_text,
-                    positive_int, read_queries, run, say)
+import numpy as np
+
+from common import (SETTINGS_HELP, DataError, Ensemble, Output, Parser, corpus_files, dump, fetch_passages, normalise,
+                    positive_int, read_queries, run, say, world)
+
+EXTRA = 24  # passages asked for beyond --depth at first, to stand in for those that are not allowed
 
 # Table 2, with the paper's best settings as defaults. "percent" and "margin" look at the lowest-scored positive.
 BASELINES = {"topk": "the top k as they are", "shifted": "the top k after skipping --shift",
-             "abs": "score under --max-score", "margin": "score under the positive's minus --margin",
-             "percent": "score under --percent of the positive's"}
+             "abs": "the best that score under --max-score", "margin": "the best under the positive's score minus --margin",
+             "percent": "the best under --percent of the positive's score"}
 
 
 def build_parser():
@@ -34,13 +40,15 @@ def build_parser():
                         help="ensemble: candidates for stage 02; the others, baselines of Table 2, write negatives: "
                              + "; ".join(f"{k}: {v}" for k, v in BASELINES.items()))
     parser.add_argument("--shift", type=int, default=10, help="ranks to skip under --strategy shifted (Table 2)")
-    parser.add_argument("--max-score", type=float, default=0.6, help="highest cosine under --strategy abs (Table 2)")
-    parser.add_argument("--margin", type=float, default=0.15, help="cosine below the positive's, --strategy margin (Table 2)")
+    parser.add_argument("--max-score", type=float, default=0.6, help="score under --strategy abs (Table 2); several retrievers' "
+                        "scores add up, --weights .5 .5 gives their mean")
+    parser.add_argument("--margin", type=float, default=0.15, help="below the positive's score, --strategy margin (Table 2)")
     parser.add_argument("--percent", type=float, default=0.9, help="share of the positive's score, --strategy percent (Table 2)")
     parser.add_argument("--exclude-same-article", action="store_true",
                         help="no candidate from a positive's article (docids ARTICLE#PASSAGE)")
     parser.add_argument("--query-max-len", type=positive_int, default=64, help="tokens of a query that are read (Sec. 4.1)")
     parser.add_argument("--passage-max-len", type=positive_int, default=256, help="tokens of a passage that are read (Sec. 4.1)")
+    parser.add_argument("--settings", nargs="+", default=[], metavar="[MODEL:]KEY=VALUE", help=SETTINGS_HELP)
     parser.add_argument("--bm25-tokenizer", metavar="MODEL", help="its sub-words are BM25's terms; default: the first dense retriever's")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--cache", default="cache", metavar="FOLDER", help="embeddings are kept here")
@@ -48,48 +56,67 @@ def build_parser():
     return parser
 
 
-def allowed(hit, passage, record, same_article):
-    """Never a positive, under its own docid or another; optionally nothing from its article."""
-    positives = record["positive_passages"]
-    if any(hit["docid"] == p["docid"] for p in positives):
-        return False
-    if same_article and any(hit["docid"].split("#")[0] == p["docid"].split("#")[0] for p in positives):
-        return False
-    text = normalise(passage["text"])
-    return all(text != normalise(p["text"]) for p in positives)
+def mine(ensemble, lang, records, depth, args, below=None):
+    """For each record its `depth` best passages that are allowed: a list of [{docid, title, text, score, scores, ranks}].
+
+    Never a labelled positive, under its own docid or another; with --exclude-same-article nothing from its article.
+    below: (N,) only passages scoring less. Looks deeper for those records whose list is not full yet.
+    """
+    mined, rankings, pending, asked = [None] * len(records), None, list(range(len(records))), depth + EXTRA
+    while pending:
+        found, ranked = ensemble.search(lang, [records[i]["query"] for i in pending], asked, None if below is None else below[pending])
+        rankings = rankings or ranked
+        passages = fetch_passages(args.data, lang, {hit["row"] for hits in found for hit in hits})
+        same_text = {row: normalise(passage["text"]) for row, passage in passages.items()}
+        short = []
+        for i, hits in zip(pending, found):
+            positives = records[i]["positive_passages"]
+            docids, texts = {p["docid"] for p in positives}, {normalise(p["text"]) for p in positives}
+            articles = {article(d) for d in docids} if args.exclude_same_article else ()
+            mined[i] = [passages[hit["row"]] | {k: hit[k] for k in ("score", "scores", "ranks")} for hit in hits
+                        if hit["docid"] not in docids and same_text[hit["row"]] not in texts
+                        and article(hit["docid"]) not in articles][:depth]
+            if len(mined[i]) < depth and len(hits) == asked:
+                short.append(i)
+        pending, asked = short, 4 * asked
+    return rankings, mined
 
 
-def mine(ensemble, lang, records, depth, data, same_article=False):
-    """For each record its `depth` best passages that are allowed: a list of [{docid, title, text, score, scores, ranks}]."""
-    extra = max(len(r["positive_passages"]) for r in records) + 8
-    n_passages = sum(len(d) for d in ensemble.index(lang)[1])
-    while True:
-        found, rankings = ensemble.search(lang, [r["query"] for r in records], depth + extra)
-        texts = fetch_passages(data, lang, {hit["row"] for hits in found for hit in hits})
-        mined = [[texts[hit["row"]] | {k: hit[k] for k in ("score", "scores", "ranks")}
-                  for hit in hits if allowed(hit, texts[hit["row"]], record, same_article)]
-                 for record, hits in zip(records, found)]
-        short = [hits for kept, hits in zip(mined, found) if len(kept) < depth and len(hits) == depth + extra]
-        if not short or depth + extra >= n_passages:
-            return rankings, [candidates[:depth] for candidates in mined]
-        extra *= 4  # many copies of a positive, or a whole article left out: look deeper
+def article(docid):
+    return docid.rpartition("#")[0] or docid
 
 
-def baseline(candidates, positive_score, args):
-    """The candidates that a strategy of Table 2 keeps as negatives, best first."""
-    if args.strategy == "topk":
-        return candidates
-    if args.strategy == "shifted":
-        return candidates[args.shift:]
-    limit = {"abs": args.max_score, "margin": positive_score - args.margin,
-             "percent": positive_score * args.percent if positive_score > 0 else positive_score}[args.strategy]
-    return [c for c in candidates if c["score"] < limit]
+def positive_scores(ensemble, lang, records):
+    """(N,) the score of each record's lowest-scored positive; the corpus's vectors serve, others are encoded."""
+    pairs = [(i, p) for i, record in enumerate(records) for p in record["positive_passages"]]
+    queries = [records[i]["query"] for i, _ in pairs]
+    scores = ensemble.scores_of(lang, queries, [p["docid"] for _, p in pairs])
+    missing = np.flatnonzero(np.isnan(scores))
+    if len(missing):
+        scores[missing] = ensemble.similarity([queries[m] for m in missing], [pairs[m][1] for m in missing])
+    lowest = np.full(len(records), np.inf)
+    np.minimum.at(lowest, [i for i, _ in pairs], scores)
+    return lowest
+
+
+def limits(ensemble, lang, records, args):
+    """(N,) what a negative must score less than under the strategies abs, margin and percent of Table 2, else None."""
+    if args.strategy == "abs":
+        return np.full(len(records), args.max_score)
+    if args.strategy == "margin":
+        return positive_scores(ensemble, lang, records) - args.margin
+    if args.strategy == "percent":
+        positive = positive_scores(ensemble, lang, records)
+        return positive - (1 - args.percent) * np.abs(positive)  # also right for a score below 0
+    return None
 
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
     if args.strategy in ("abs", "margin", "percent") and (args.fusion == "rrf" or "bm25" in args.retrievers):
         raise DataError(f"--strategy {args.strategy} compares cosines; use dense retrievers and --fusion concat")
+    if args.shift < 0:
+        raise DataError(f"--shift: got {args.shift}, want at least 0")
     queries = args.queries or f"{args.data}/train.jsonl"
     records = list(read_queries(queries, args.lang, args.limit))
     by_lang = defaultdict(list)
@@ -99,27 +126,25 @@ def main(argv=None):
     if output.is_done():
         return
     ensemble = Ensemble(args.retrievers, args.data, args.cache, args.fusion, args.weights, args.device,
-                        args.bm25_tokenizer, args.query_max_len, args.passage_max_len)
-    output.meta["encoders"] = {e.name: {"pooling": e.pooling, "prefix": e.prefix, "max_len": e.max_len}
-                               for e in ensemble.encoders.values()}
-    # abs, margin and percent look for the best that pass, so they need a longer list than they keep
-    depth = args.depth + args.shift if args.strategy == "shifted" else \
-        5 * args.depth if args.strategy in ("abs", "margin", "percent") else args.depth
-    mined, table = {}, {}
+                        args.bm25_tokenizer, args.query_max_len, args.passage_max_len, args.settings)
+    output.meta |= {"encoders": {name: encoder.settings() for name, encoder in ensemble.encoders.items()},
+                    "device": ensemble.device, "processes": world()[1]}
+    leader, skip = world()[0] == 0, args.shift if args.strategy == "shifted" else 0
+    parts, table, counts = {}, {}, Counter()
     for lang, asked in sorted(by_lang.items()):
-        rankings, candidates = mine(ensemble, lang, asked, depth, args.data, args.exclude_same_article)
-        scores = [None] * len(asked)
-        if args.strategy in ("margin", "percent"):
-            pairs = [(i, p) for i, r in enumerate(asked) for p in r["positive_passages"]]
-            values = ensemble.similarity([asked[i]["query"] for i, _ in pairs], [passage_text(p) for _, p in pairs])
-            scores = [min(v for (j, _), v in zip(pairs, values) if j == i) for i in range(len(asked))]
-        if args.strategy != "ensemble":
-            candidates = [baseline(c, score, args)[:args.depth] for c, score in zip(candidates, scores)]
-        mined |= {(lang, r["query_id"]): c for r, c in zip(asked, candidates)}
-        table[lang] = summarise(asked, rankings, candidates, args.depth)
-        say(f"{lang}: " + ", ".join(f"{k} {v}" for k, v in table[lang].items()))
-    output.write(attach(record, mined[record["lang"], record["query_id"]], args.strategy) for record in records)
-    output.finish(queries=len(records), candidates=sum(map(len, mined.values())), by_lang=table)
+        rankings, mined = mine(ensemble, lang, asked, args.depth + skip, args, limits(ensemble, lang, asked, args))
+        if leader:  # lines wait on disk until the records can be written in input order: memory holds one language's
+            mined = [candidates[skip:] for candidates in mined]
+            parts[lang] = tempfile.TemporaryFile()
+            parts[lang].writelines(dump(attach(*pair, args.strategy)).encode() for pair in zip(asked, mined))
+            parts[lang].seek(0)
+            table[lang] = summarise(asked, rankings, mined, args.depth)
+            counts["candidates"] += table[lang]["candidates"]
+            counts["short"] += sum(len(candidates) < args.depth for candidates in mined)
+            say(f"{lang}: " + ", ".join(f"{k} {v}" for k, v in table[lang].items()))
+    if leader:
+        output.write_lines(next(parts[record["lang"]]).decode() for record in records)
+        output.finish(queries=len(records), candidates=counts["candidates"], queries_with_fewer=counts["short"], by_lang=table)
 
 
 def attach(record, passages, strategy):

@@ -6,15 +6,18 @@ import argparse
 import asyncio
 import contextlib
 import ctypes
+import functools
 import gzip
 import hashlib
 import json
+import math
 import os
 import re
 import resource
 import sys
 import time
 import unicodedata
+import zlib
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
@@ -99,15 +102,15 @@ def open_text(path):
     return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
 
 
-def read_lines(path):
-    """Yield (line number from 1, bytes) of the lines that are not blank; DataError for a damaged gzip file."""
+def read_lines(path, blank=False):
+    """Yield (line number from 1, bytes) of the lines that are not blank (or of all); DataError for a damaged gzip file."""
     with open_text(path) as lines:
         number = 0
         try:
             for number, line in enumerate(lines, 1):
-                if line.strip():
+                if blank or line.strip():
                     yield number, line
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"{path}:{number + 1}: cannot be read ({error}); fetch or make the file again") from None
 
 
@@ -337,24 +340,181 @@ def normalise(text):
 
 def fetch_passages(data, lang, rows):
     """{row: passage} for the given rows (0-based over the language's files), in one pass that parses only those."""
-    wanted, found, first = set(rows), {}, 0
-    for path, shard in read_shards(data, lang):
-        here = [i for i in range(len(shard)) if first + i in wanted]
-        for i, passage in zip(here, read_passages(path, (shard[i] for i in here))):
-            found[first + i] = {"docid": passage["docid"], "title": passage.get("title", ""), "text": passage["text"]}
-        first += len(shard)
+    wanted, found, row = set(rows), {}, -1
+    for path in corpus_files(data, lang):
+        for number, line in read_lines(path):
+            row += 1
+            if row in wanted:
+                passage, = read_passages(path, [(number, line)])
+                found[row] = {"docid": passage["docid"], "title": passage.get("title", ""), "text": passage["text"]}
     return found
+
+
+class Stored:
+    """An array of the cache, open only while it is read: a mapping that stays would keep the whole corpus in memory."""
+
+    def __init__(self, path, n_rows):
+        self.path, self.n_rows = Path(path), n_rows
+
+    def __len__(self):
+        return self.n_rows
+
+    def load(self):
+        """The memory-mapped array; DataError where the file is damaged or not what its name says."""
+        import numpy as np
+        try:
+            array = np.load(self.path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"{self.path}: cannot be read ({error}); delete this file, it will be made again") from None
+        if len(array) != self.n_rows:
+            raise DataError(f"{self.path}: {len(array)} rows, want {self.n_rows}; delete this file, it will be made again")
+        return array
+
+    def save(self, array):
+        import numpy as np
+        with atomic(self.path) as temporary, open(temporary, "wb") as file:
+            np.save(file, array)
+
+
+def scan_corpus(path, cache):
+    """The shards of a corpus file: [{key, line, offset, size, passages}]; every line is checked, docids go to the cache.
+
+    key is the digest of the shard's lines; line (from 1), offset and size (bytes, of the unpacked file) say where it is. A
+    file that was scanned before, by its digest, is not read again.
+    """
+    import numpy as np
+    known = Path(cache) / "corpus" / f"{digest_file(path)}-{SHARD}.json"
+    if known.is_file():
+        shards = json.loads(known.read_text("utf-8"))
+        if all((known.parent / f"{shard['key']}.npy").is_file() for shard in shards):
+            return shards
+    shards, lines, start, end, first = [], [], 0, 0, 1
+
+    def close():
+        key = hashlib.blake2b(b"".join(line for _, line in lines)).hexdigest()[:32]
+        docids = np.array([passage["docid"].encode() for passage in read_passages(path, lines)])
+        Stored(known.parent / f"{key}.npy", len(lines)).save(docids)
+        shards.append({"key": key, "line": first, "offset": start, "size": end - start, "passages": len(lines)})
+        lines.clear()
+
+    for number, line in read_lines(path, blank=True):
+        end += len(line)
+        if line.strip():
+            lines.append((number, line))
+        if len(lines) == SHARD:
+            close()
+            start, first = end, number + 1
+    if lines:
+        close()
+    with atomic(known) as temporary:
+        temporary.write_text(json.dumps(shards), "utf-8")
+    return shards
+
+
+def read_shard(path, shard, file):
+    """The checked passages of one shard; file is path opened by open_text, which seeks forward even in a gzip."""
+    file.seek(shard["offset"])
+    lines = enumerate(file.read(shard["size"]).split(b"\n"), shard["line"])
+    return read_passages(path, ((number, line) for number, line in lines if line.strip()))
+
+
+def check_docids(data, lang, docids, cache):
+    """DataError where a docid is twice in a language's corpus; 8 bytes a passage, once for each state of the corpus."""
+    import numpy as np
+    if not docids:
+        raise DataError(f"{corpus_files(data, lang)[0]}: no passages; make it again, or leave {lang} out with --lang")
+    checked = Path(cache) / "corpus" / (hashlib.blake2b("".join(d.path.name for d in docids).encode()).hexdigest()[:32] + ".unique")
+    if checked.is_file():
+        return
+    factors = np.random.default_rng(0).integers(1 << 63, size=4096, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+
+    def hashes(shard):  # (m,) a sum of byte x random factor: independent of the width a shard pads its docids to
+        ids = np.ascontiguousarray(shard.load())
+        return (ids.view(np.uint8).reshape(len(ids), -1) * factors[:ids.itemsize]).sum(1, dtype=np.uint64)
+
+    every = np.empty(sum(map(len, docids)), np.uint64)
+    at = 0
+    for shard in docids:
+        every[at:at + len(shard)] = hashes(shard)
+        at += len(shard)
+    every.sort()
+    twice = np.unique(every[1:][every[1:] == every[:-1]])
+    if len(twice):
+        seen = Counter(d for shard in docids for d in shard.load()[np.isin(hashes(shard), twice)])
+        twice = {d.decode() for d, n in seen.items() if n > 1}
+    if len(twice):  # not just a collision of hashes
+        first = {}
+        for path in corpus_files(data, lang):
+            for number, line in read_lines(path):
+                docid = parse_line(path, number, line)["docid"]
+                if docid in first:
+                    raise DataError(f"{path}:{number}: docid {docid!r} is there twice, first in {first[docid]}; "
+                                    f"docids must be unique in a language: drop or rename one")
+                if docid in twice:
+                    first[docid] = f"{path}:{number}"
+    checked.touch()
 
 
 # --------------------------------------------------------------------------- encoder
 
-# What a maker's model expects where its folder does not say: (part of the name, pooling, query and passage prefix).
-KNOWN_MODELS = [("e5", "mean", "query: ", "passage: "),  # intfloat/multilingual-e5-*
-                ("bge-m3", "cls", "", ""),
-                ("mdpr", "cls", "", ""),                 # castorini/mdpr-*
-                ("contriever", "mean", "", ""),          # facebook/mcontriever*
-                ("gte-multilingual", "cls", "", ""),
-                ("bert-base-multilingual", "cls", "", "")]
+# What a model's maker does, where the model's folder does not say: (in its name, pooling, query and passage prefix, unit
+# vectors, between title and text). Sources: the model cards; microsoft/unilm e5/mteb_beir_eval.py; castorini/pyserini
+# encode/_auto.py, which joins by a space and takes inner products for mDPR and mContriever.
+KNOWN_MODELS = [("multilingual-e5-(small|base|large)(?!-instruct)", "mean", "query: ", "passage: ", True, " "),
+                ("bge-m3", "cls", "", "", True, "\n"),
+                ("bert-base-multilingual", "cls", "", "", True, "\n"),  # mBERT is no retriever before it is trained
+                ("mdpr", "cls", "", "", False, " "),
+                ("mcontriever", "mean", "", "", False, " "),
+                ("gte-multilingual", "cls", "", "", True, "\n")]
+OTHER_MODELS = ("", "mean", "", "", True, "\n")
+MIN_TOKENS = 64  # of a batch on a CPU
+SETTINGS_HELP = ("override what a dense retriever's folder or the table in common.py says: KEY=VALUE, or MODEL:KEY=VALUE for one of "
+                 "them; keys: pooling (mean, cls), query_prefix, passage_prefix, normalise (yes, no), title_join (\\n is a line break), "
+                 "query_max_len, passage_max_len")
+
+
+def read_settings(texts, model):
+    """{key: value} for one model from --settings KEY=VALUE or MODEL:KEY=VALUE; DataError for what is not understood."""
+    kinds = {"pooling": ("mean", "cls"), "normalise": ("yes", "no"), "query_prefix": str, "passage_prefix": str, "title_join": str,
+             "query_max_len": int, "passage_max_len": int}
+    settings = {}
+    for text in texts or ():
+        key, equals, value = text.partition("=")
+        of, _, key = key.rpartition(":")
+        kind = kinds.get(key)
+        if not equals or kind is None or (isinstance(kind, tuple) and value not in kind) or (
+                kind is int and not (value.isdecimal() and int(value))):
+            raise DataError(f"--settings: got {text!r}; want KEY=VALUE, and {', '.join(kinds)} for KEY (see --help)")
+        if of in ("", model):
+            settings[key] = (value == "yes" if key == "normalise" else int(value) if kind is int
+                             else value.replace("\\n", "\n") if key == "title_join" else value)
+    return settings
+
+
+def maker_settings(folder, name):
+    """(settings, longest input) of a model: its sentence-transformers files (2.x to 6.x), else KNOWN_MODELS, else OTHER_MODELS."""
+    row = next((k for k in KNOWN_MODELS if re.search(k[0], name.lower())), OTHER_MODELS)
+    settings = dict(zip(("pooling", "query_prefix", "passage_prefix", "normalise", "title_join"), row[1:]))
+    modules = [(m["type"].split(".")[-1], m["path"]) for m in read_json(folder / "modules.json") or []]
+    if unknown := [kind for kind, _ in modules if kind not in ("Transformer", "Pooling", "Normalize")]:
+        raise DataError(f"{folder}/modules.json: {unknown[0]} is not supported; want Transformer, Pooling and Normalize")
+    pooling = read_json(folder / dict(modules).get("Pooling", "1_Pooling") / "config.json")
+    if modules:
+        settings["normalise"] = "Normalize" in dict(modules)
+    if pooling:
+        old = [key.split("_")[2] for key, on in pooling.items() if key.startswith("pooling_mode_") and on]
+        settings["pooling"] = pooling.get("pooling_mode") or "+".join(old) or "mean"
+        if settings["pooling"] not in ("mean", "cls"):
+            raise DataError(f"{folder}: pooling {settings['pooling']!r} is not supported; want mean or cls, or override it with "
+                            "--settings pooling=...")
+        if pooling.get("include_prompt") is False:
+            raise DataError(f"{folder}: pooling without the prompt is not supported; want include_prompt true")
+    files = read_json(folder / "config_sentence_transformers.json")
+    prompts = files.get("prompts") or {}
+    for key, names in (("query_prefix", ["query"]), ("passage_prefix", ["document", "passage", "corpus"])):
+        names = [*names, files.get("default_prompt_name")]
+        settings[key] = next((prompts[n] for n in names if prompts.get(n)), settings[key])
+    return settings, read_json(folder / "sentence_bert_config.json").get("max_seq_length")
 
 
 def pick_device(name):
@@ -392,63 +552,76 @@ def digest_folder(folder):
 
 
 class Encoder:
-    """A bi-encoder in Hugging Face layout, with the pooling and prefixes its maker uses.
+    """A bi-encoder in Hugging Face layout, used as its maker uses it (maker_settings) unless --settings says otherwise.
 
-    These come from the folder's sentence-transformers files (modules.json, 1_Pooling, prompts), else from KNOWN_MODELS,
-    else mean pooling without prefixes. Vectors are always L2-normalised: the product of two is their cosine.
+    Tokenizer and weights are loaded when something must be encoded: a run that finds all vectors in the cache needs neither.
     """
 
-    def __init__(self, name, device="auto", query_max_len=64, passage_max_len=256):
+    def __init__(self, name, device="auto", query_max_len=64, passage_max_len=256, settings=()):
+        self.name, self.device, self._fingerprint = short_name(name), pick_device(device), None
+        self.folder = folder = model_folder(name)
+        given = read_settings(settings, self.name)
+        maker, limit = maker_settings(folder, self.name)
+        used = maker | given
+        self.pooling, self.normalise, self.title_join = used["pooling"], used["normalise"], used["title_join"]
+        self.prefix = {"query": used["query_prefix"], "passage": used["passage_prefix"]}
+        find_tokenizer(folder)
+        limits = [n for n in (limit, read_json(folder / "tokenizer_config.json").get("model_max_length"), max_positions(folder)) if n]
+        self.max_len = {"query": given.get("query_max_len", min([query_max_len, *limits])),
+                        "passage": given.get("passage_max_len", min([passage_max_len, *limits]))}
+
+    @functools.cached_property
+    def tokenizer(self):
+        return load_tokenizer(self.folder)
+
+    @functools.cached_property
+    def model(self):
         import torch
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoModel
         from transformers.utils import logging
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        if sys.platform == "linux":  # keep large blocks: 10-40% of CPU time goes to page faults otherwise
+        if sys.platform == "linux":  # keep blocks of up to 4 MiB: 10-40% of CPU time goes to page faults otherwise
             libc = ctypes.CDLL(None)
-            libc.mallopt(-3, 1 << 30), libc.mallopt(-1, 1 << 30)
+            libc.mallopt(-3, 1 << 22), libc.mallopt(-1, 1 << 26)
         torch.set_float32_matmul_precision("medium")  # 1.8x on AMD CPUs, differences of 5e-6
-        self.name, self.device, self._fingerprint = short_name(name), pick_device(device), None
-        self.folder = folder = model_folder(name)
-        self.max_len = {"query": query_max_len, "passage": passage_max_len}
-        known = next((k for k in KNOWN_MODELS if k[0] in name.lower()), (None, "mean", "", ""))
-        self.pooling, self.prefix = known[1], {"query": known[2], "passage": known[3]}
-        if (folder / "1_Pooling" / "config.json").is_file():
-            pooling = json.loads((folder / "1_Pooling" / "config.json").read_text("utf-8"))
-            self.pooling = pooling.get("pooling_mode") or ("cls" if pooling.get("pooling_mode_cls_token") else "mean")
-        if self.pooling not in ("mean", "cls"):
-            raise DataError(f"{folder}: pooling {self.pooling!r} is not supported; want mean or cls")
-        if (folder / "config_sentence_transformers.json").is_file():
-            prompts = json.loads((folder / "config_sentence_transformers.json").read_text("utf-8")).get("prompts") or {}
-            for kind, names in (("query", ["query"]), ("passage", ["passage", "document"])):
-                self.prefix[kind] = next((prompts[n] for n in names if prompts.get(n)), self.prefix[kind])
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder)
-            self.model = AutoModel.from_pretrained(folder, dtype=torch.float32).to(self.device).eval()
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{folder}: no encoder with a tokenizer in Hugging Face layout ({str(error)[:120]}); "
+            model = AutoModel.from_pretrained(self.folder, dtype=torch.float32).to(self.device).eval()
+        except Exception as error:  # safetensors and the model classes raise their own kinds
+            raise DataError(f"{self.folder}: no encoder in Hugging Face layout ({str(error)[:120]}); "
                             "check --retrievers or --encoder") from None
-        if len(self.tokenizer) > self.model.get_input_embeddings().num_embeddings:
-            raise DataError(f"{folder}: the tokenizer has more tokens than the model; the folder's files do not belong together")
+        if len(self.tokenizer) > model.get_input_embeddings().num_embeddings:
+            raise DataError(f"{self.folder}: the tokenizer has more tokens than the model; the folder's files do not belong together")
+        return model
+
+    def settings(self):
+        """What decides a vector besides weights and tokenizer."""
+        return {"pooling": self.pooling, "normalise": self.normalise, "prefix": self.prefix, "title_join": self.title_join,
+                "max_len": self.max_len}
 
     def fingerprint(self):
         """Digest of weights, tokenizer and settings: two models never share cached vectors, renamed ones do."""
         if not self._fingerprint:
-            settings = {"pooling": self.pooling, "prefix": self.prefix, "max_len": self.max_len}
-            self._fingerprint = hashlib.blake2b((digest_folder(self.folder) + json.dumps(settings)).encode()).hexdigest()[:24]
+            self._fingerprint = hashlib.blake2b((digest_folder(self.folder) + json.dumps(self.settings())).encode()).hexdigest()[:24]
         return self._fingerprint
+
+    def passage_text(self, passage):
+        """What this encoder reads of a passage."""
+        return f"{passage['title']}{self.title_join}{passage['text']}" if passage.get("title") else passage["text"]
 
     def tokenize(self, texts, kind):
         """Token ids of each text with its prefix, cut at the kind's maximum length (kind: query or passage)."""
-        return self.tokenizer([self.prefix[kind] + text for text in texts], truncation=True,
-                              max_length=self.max_len[kind])["input_ids"]
+        return self.tokenizer([self.prefix[kind] + text for text in texts], truncation=True, max_length=self.max_len[kind],
+                              return_attention_mask=False, return_token_type_ids=False)["input_ids"]
 
-    def forward(self, token_ids):
-        """(N, D) unit vectors for N lists of token ids, as a float32 tensor on the device."""
+    def forward(self, token_ids, normalise=True):
+        """(N, D) vectors for N lists of token ids, as a float32 tensor on the device."""
         import torch
         width = max(map(len, token_ids))
-        ids = torch.tensor([t + [self.tokenizer.pad_token_id or 0] * (width - len(t)) for t in token_ids])  # (N, L)
-        mask = torch.tensor([[1] * len(t) + [0] * (width - len(t)) for t in token_ids])                     # (N, L)
+        ids = torch.full((len(token_ids), width), self.tokenizer.pad_token_id or 0)                         # (N, L)
+        mask = torch.zeros_like(ids)                                                                        # (N, L)
+        for row, tokens in enumerate(token_ids):
+            ids[row, :len(tokens)], mask[row, :len(tokens)] = torch.as_tensor(tokens), 1
         ids, mask = ids.to(self.device, non_blocking=True), mask.to(self.device, non_blocking=True)
         with torch.autocast("cuda", torch.bfloat16, enabled=self.device.startswith("cuda")):
             hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()               # (N, L, D)
@@ -456,7 +629,7 @@ class Encoder:
             pooled = hidden[:, 0]
         else:
             pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)             # (N, D)
-        return torch.nn.functional.normalize(pooled, dim=-1)
+        return torch.nn.functional.normalize(pooled, dim=-1) if normalise else pooled
 
     def save(self, folder):
         """Write the Hugging Face folder that sentence-transformers (2.x to 6.x) loads with the same pooling and prefixes."""
@@ -479,40 +652,123 @@ class Encoder:
             (folder / name).write_text(json.dumps(content, indent=1) + "\n", "utf-8")
 
     def encode(self, texts, kind):
-        """(N, D) float32 unit vectors. Batches hold texts of like length in tokens, so that little is padding."""
+        """(N, D) float32 vectors, of unit length where the settings say so.
+
+        A batch on a CPU holds texts of one length in tokens, MIN_TOKENS at least: nothing is padding, and a text's vector
+        does not depend on what it shares a batch with, to the last bit, so neither on shards nor processes (measured with
+        oneDNN, 1 and 2 threads, 32 to 384 wide; no library promises it). A GPU wants larger batches: there they hold texts of like length, and vectors differ by about 1e-3.
+        """
         import numpy as np
         import torch
-        budget = 65_536 if self.device.startswith("cuda") else 8_192  # padded tokens a batch
-        token_ids = self.tokenize(texts, kind)
+        cuda = self.device.startswith("cuda")
+        budget = 65_536 if cuda else 8_192  # padded tokens a batch
+        token_ids = [np.array(ids, np.int32) for at in range(0, len(texts), 1024)
+                     for ids in self.tokenize(texts[at:at + 1024], kind)]
         order = sorted(range(len(texts)), key=lambda i: len(token_ids[i]))
         vectors, start = np.zeros((len(texts), self.model.config.hidden_size), np.float32), 0
+        n_batches = 0
         with torch.inference_mode():
             while start < len(order):
-                end = start + 1
-                while end < len(order) and len(token_ids[order[end]]) * (end + 1 - start) <= budget:
+                end, shortest = start + 1, len(token_ids[order[start]])
+                while end < len(order) and len(token_ids[order[end]]) * (end + 1 - start) <= budget and (
+                        cuda or len(token_ids[order[end]]) == shortest):
                     end += 1
                 batch = order[start:end]
-                vectors[batch] = self.forward([token_ids[i] for i in batch]).cpu().numpy()
-                start = end
+                rows = [token_ids[i] for i in batch]
+                if not cuda:  # products of a few rows take another path, with other rounding
+                    rows += rows[-1:] * max(0, math.ceil(MIN_TOKENS / shortest) - len(rows))
+                vectors[batch] = self.forward(rows, self.normalise)[:len(batch)].cpu().numpy()
+                start, n_batches = end, n_batches + 1
+                if n_batches % 8 == 0 and sys.platform == "linux":
+                    ctypes.CDLL(None).malloc_trim(0)  # each length leaves blocks of another size behind
         return vectors
 
-    def encode_cached(self, texts, kind, cache, key=None):
-        """(N, D) fp16 vectors, memory-mapped from the cache; texts may be a function that is called only if needed."""
+    def stored(self, kind, key, n_rows, cache):
+        """Where the cache has the vectors with this key, or will have them."""
+        return Stored(Path(cache) / "embeddings" / self.fingerprint() / f"{kind}-{key}.npy", n_rows)
+
+    def encode_cached(self, texts, kind, cache):
+        """(N, D) fp16 vectors, memory-mapped from the cache."""
         import numpy as np
-        if key is None:
-            key = hashlib.blake2b("\0".join(texts).encode()).hexdigest()[:32]
-        path = Path(cache) / "embeddings" / self.fingerprint() / f"{kind}-{key}.npy"
-        if not path.is_file():
-            vectors = self.encode(texts() if callable(texts) else texts, kind).astype(np.float16)
-            with atomic(path) as temporary, open(temporary, "wb") as file:
-                np.save(file, vectors)
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        stored = self.stored(kind, hashlib.blake2b("\0".join(texts).encode()).hexdigest()[:32], len(texts), cache)
+        if not stored.path.is_file():
+            stored.save(self.encode(texts, kind).astype(np.float16))
+        return stored.load()
+
+
+def find_tokenizer(folder):
+    files = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model")
+    if not any((folder / name).is_file() for name in files):
+        raise DataError(f"{folder}: no tokenizer (none of {', '.join(files)}); fetch the model again, or copy the tokenizer of the "
+                        "model it was made from into the folder")
+
+
+def load_tokenizer(folder):
+    """The tokenizer of a model folder; DataError where there is none."""
+    from transformers import AutoTokenizer
+    find_tokenizer(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises bare Exceptions for a damaged file
+        raise DataError(f"{folder}: the tokenizer cannot be loaded ({str(error)[:120]}); fetch the model again") from None
+
+
+def read_json(path):
+    """The object of a model folder's JSON file, {} where there is no such file."""
+    try:
+        return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}); fetch the model again") from None
+
+
+def max_positions(folder):
+    """The longest input that the position embeddings of a model allow, or None."""
+    config = read_json(folder / "config.json")
+    n = config.get("max_position_embeddings")
+    if n and any(kind in config.get("model_type", "") for kind in ("roberta", "camembert")):
+        n -= 1 + config.get("pad_token_id", 1)  # these count positions from the padding id on
+    return n
 
 
 # --------------------------------------------------------------------------- search
 
-EPSILON = 1e-5  # above any rounding error of a float32 product of unit vectors
-RRF_K = 60      # Cormack et al. 2009
+EPSILON = 2e-5        # above any rounding error of a float32 product of unit vectors
+RRF_K = 60            # Cormack et al. 2009
+QUERY_BLOCK = 1024    # queries compared with a shard at a time; bounds memory, does not change results
+PAIR_BLOCK = 4096     # pairs rescored at a time, likewise
+
+
+def world():
+    """(rank, number of processes) under torchrun, else (0, 1)."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def gather(value):
+    """[value of each process] in rank order, once all have come here; [value] without torchrun."""
+    if world()[1] == 1:
+        return [value]
+    from datetime import timedelta
+
+    import torch.distributed as dist
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=timedelta(days=30))  # one process may encode long after another
+    values = [None] * world()[1]
+    dist.all_gather_object(values, value)
+    return values
+
+
+def together(work):
+    """work() in every process; a DataError of one ends all of them, told once."""
+    message = None
+    try:
+        result = work()
+    except DataError as error:
+        message = str(error)
+    if failed := [m for m in gather(message) if m]:
+        if world()[0] == 0:
+            raise DataError(failed[0])
+        sys.exit(2)
+    return result
 
 
 def subwords(text):
@@ -526,178 +782,399 @@ def subwords(text):
     return terms
 
 
+class Best:
+    """The best `depth` passages of each of N queries, by score at six decimals (as it is written), ties by docid.
+
+    offer() takes float32 scores of a block, rescores in float64 from the stored fp16 vectors what could be among the best,
+    and keeps that. A product of two fp16 numbers is a multiple of 2^-48, so for unit vectors these sums are exact: neither
+    the order of adding nor the block can change a bit of them.
+    """
+
+    def __init__(self, weights, n_queries, depth, below=None):
+        import numpy as np
+        self.weights, self.depth = weights, depth
+        self.floor = np.full(n_queries, -np.inf)  # what a passage must reach to be among the best so far
+        self.ceiling = np.full(n_queries, np.inf) if below is None else np.asarray(below, np.float64)
+        self.parts = [[np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0), np.empty(0, "S1"), np.empty((0, len(weights)))]]
+        self.n_pending = 0
+
+    def offer(self, at, cosines, slack, vectors, block, first_row, docids):
+        """Look at one block: cosines {retriever: (n, m) tensor} of queries at.. with the passages first_row.. of a shard."""
+        import numpy as np
+        import torch
+        scores = sum(w * cosines[n] for n, w in self.weights.items())                          # (n, m)
+        slack = sum(abs(w) * slack[n] for n, w in self.weights.items()) + 1e-6
+        there = slice(at, at + len(scores))
+        floor = torch.from_numpy(self.floor[there]).to(scores)[:, None]
+        ceiling = torch.from_numpy(self.ceiling[there]).to(scores)[:, None]
+        if scores.shape[1] >= self.depth and torch.isinf(floor).any():
+            sure = scores.masked_fill(scores >= ceiling - slack, -torch.inf)
+            floor = torch.maximum(floor, sure.topk(self.depth).values[:, -1:])
+        query, passage = torch.nonzero((scores >= floor - slack) & (scores < ceiling + slack), as_tuple=True)
+        query, passage = query.cpu().numpy() + at, passage.cpu().numpy()
+        parts = np.stack([dot(vectors[n], query, block[n], passage) for n in self.weights], axis=1)  # (pairs, retrievers)
+        score = np.round(sum(w * parts[:, i] for i, w in enumerate(self.weights.values())), 6)
+        good = score < self.ceiling[query]
+        self.parts.append([query[good], passage[good] + first_row, score[good], docids[passage[good]], parts[good]])
+        self.n_pending += int(good.sum())
+        if self.n_pending > len(self.floor) * self.depth:
+            self.cut()
+
+    def cut(self):
+        """Keep the best of what was offered; returns (query, row, score, docid, parts), arrays by query, best first."""
+        import numpy as np
+        query, row, score, docid, parts = (np.concatenate(column) for column in zip(*self.parts))
+        order = np.lexsort((docid, -score, query))
+        query, row, score, docid, parts = (column[order] for column in (query, row, score, docid, parts))
+        place = np.arange(len(query)) - np.searchsorted(query, np.arange(len(self.floor)))[query]
+        last, kept = place == self.depth - 1, place < self.depth
+        self.floor[query[last]] = score[last]
+        self.parts, self.n_pending = [[column[kept] for column in (query, row, score, docid, parts)]], 0
+        return self.parts[0]
+
+
+def dot(vectors, rows, block, passages):
+    """(pairs,) float64 inner products of vectors[rows[i]] and block[passages[i]], both fp16."""
+    import numpy as np
+    out = np.empty(len(rows))
+    for at in range(0, len(rows), PAIR_BLOCK):
+        here = slice(at, at + PAIR_BLOCK)
+        out[here] = np.einsum("cd,cd->c", vectors[rows[here]].astype(np.float64), block[passages[here]].astype(np.float64))
+    return out
+
+
+def unit(vectors):
+    """fp16 vectors brought to length 1."""
+    import numpy as np
+    wide = np.asarray(vectors, np.float32)
+    return (wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12)).astype(np.float16)
+
+
+@contextlib.contextmanager
+def full_float32():
+    """float32 products as such, not in the faster bf16 or TF32 that is good enough for encoding."""
+    import torch
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class Ensemble:
     """One or more retrievers over one language's corpus at a time (Sec. 3.3, V = E(f_1) o ... o E(f_z)).
 
     fusion concat: E is the L2-normalised embedding, optionally weighted, so the score of the concatenation is the weighted
     sum of the cosines. fusion rrf: reciprocal rank fusion, which BM25 needs since its scores have another scale.
-    Scores are recomputed in float64 from the stored fp16 vectors and ties go to the smaller docid, so that results do
-    not depend on blocks.
+    A single retriever scores as its maker's settings say: the inner product, of unit vectors or not.
+    Under torchrun every process makes the same calls; they share the shards through the cache folder (one file system for
+    all nodes) and each gets the whole result. Results do not depend on shards, blocks or processes.
     """
 
     def __init__(self, names, data, cache, fusion="concat", weights=None, device="auto", bm25_tokenizer=None,
-                 query_max_len=64, passage_max_len=256):
+                 query_max_len=64, passage_max_len=256, settings=()):
         if "bm25" in names and fusion == "concat" and len(names) > 1:
             raise DataError("--retrievers: bm25 cannot be concatenated with embeddings; pass --fusion rrf")
         if weights and len(weights) != len(names):
             raise DataError(f"--weights: got {len(weights)} for {len(names)} retrievers; give one each")
         self.data, self.cache, self.fusion = data, Path(cache), fusion
         self.weights = list(weights or [1.0] * len(names))
-        self.encoders = {n: Encoder(n, device, query_max_len, passage_max_len) for n in names if n != "bm25"}
-        self.names = [n if n == "bm25" else self.encoders[n].name for n in names]
+        self.device = pick_device(device)
+        if self.device == "cuda":
+            self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        encoders = {n: Encoder(n, self.device, query_max_len, passage_max_len, settings) for n in names if n != "bm25"}
+        self.names = [n if n == "bm25" else encoders[n].name for n in names]
         if len(set(self.names)) < len(names):
             raise DataError(f"--retrievers: two of {' '.join(names)} have the same name; rename a folder")
-        self.encoders = {e.name: e for e in self.encoders.values()}
-        tokenizer = next(iter(self.encoders.values())).tokenizer if self.encoders else None
-        if bm25_tokenizer:
-            from transformers import AutoTokenizer
-            tokenizer = AutoTokenizer.from_pretrained(model_folder(bm25_tokenizer))
-        self.terms = subwords if tokenizer is None else lambda text: [
-            t for t in tokenizer.tokenize(unicodedata.normalize("NFKC", text).casefold()) if any(c.isalnum() for c in t)]
-        self._bm25 = {}  # lang -> index
+        self.encoders = {e.name: e for e in encoders.values()}
+        for of in {text.partition("=")[0].rpartition(":")[0] for text in settings or ()} - {"", *self.encoders}:
+            raise DataError(f"--settings: {of!r} is not a dense retriever here; want one of {', '.join(self.encoders) or 'none'}")
+        # the concatenation is of unit vectors; a retriever on its own, or beside others in rrf, scores as its maker does
+        self.to_unit = {n: fusion == "concat" and len(names) > 1 and not e.normalise for n, e in self.encoders.items()}
+        self.bm25 = BM25(self, bm25_tokenizer) if "bm25" in names else None
+        self._index, self._vectors = (None, None), ([], {})
 
     def index(self, lang):
-        """Encode what is not cached; returns ({retriever: [(m, D) memory-mapped shard]}, [(m,) docids of the shard])."""
-        import numpy as np
-        shards, docids, hashes = {n: [] for n in self.encoders}, [], []
-        for path, lines in progress(read_shards(self.data, lang), desc=f"index {lang}", unit="shard"):
-            key = hashlib.blake2b(b"".join(line for _, line in lines)).hexdigest()[:32]
-            docids_path = self.cache / "corpus" / f"{key}.npy"
-            passages = None
-            if not docids_path.is_file():
-                passages = list(read_passages(path, lines))
-                with atomic(docids_path) as temporary, open(temporary, "wb") as file:
-                    np.save(file, np.array([p["docid"].encode() for p in passages]))
-            docids.append(np.load(docids_path, mmap_mode="r", allow_pickle=False))
-            texts = lambda: [passage_text(p) for p in passages or read_passages(path, lines)]  # noqa: E731
-            for name, encoder in self.encoders.items():
-                shards[name].append(encoder.encode_cached(texts, "passage", self.cache, key))
-            hashes.append(np.fromiter((int.from_bytes(hashlib.blake2b(d, digest_size=8).digest()) for d in docids[-1]),
-                                      np.uint64, len(lines)))
-        hashes = np.sort(np.concatenate(hashes))
-        if (hashes[1:] == hashes[:-1]).any():
-            twice = next(d for d, n in Counter(d for shard in docids for d in shard).items() if n > 1)
-            raise DataError(f"{self.data}/corpus/{lang}: docid {twice.decode()!r} is there twice; docids must be unique")
-        return shards, docids
+        """({retriever: [Stored (m, D) of each shard]}, [Stored (m,) docids of each shard]); encodes what is not cached."""
+        if self._index[0] != lang:
+            rank, size = world()
+            paths = corpus_files(self.data, lang)
+            together(lambda: [scan_corpus(path, self.cache) for path in paths[rank::size]])
+            self._index = (lang, together(lambda: self._make_index(lang, paths)))
+        return self._index[1]
 
-    def search(self, lang, queries, depth):
+    def _make_index(self, lang, paths):
+        rank, size = world()
+        shards = [(path, shard) for path in paths for shard in scan_corpus(path, self.cache)]
+        docids = [Stored(self.cache / "corpus" / f"{shard['key']}.npy", shard["passages"]) for _, shard in shards]
+        if rank == 0:
+            check_docids(self.data, lang, docids, self.cache)
+        vectors = {n: [e.stored("passage", shard["key"], shard["passages"], self.cache) for _, shard in shards]
+                   for n, e in self.encoders.items()}
+        todo = [s for s in range(rank, len(shards), size) if any(not vectors[n][s].path.is_file() for n in vectors)]
+        self._encode([(*shards[s], {n: vectors[n][s] for n in vectors}) for s in todo], lang)
+        return vectors, docids
+
+    def _encode(self, todo, lang):
+        """Encode the shards todo, [(path, shard, {retriever: Stored})] in corpus order, reading each file once."""
+        import numpy as np
+        with contextlib.ExitStack() as stack:
+            opened, file = None, None
+            for path, shard, stored in progress(todo, desc=f"encode {lang}", unit="shard", disable=world()[0] > 0):
+                if path != opened:
+                    stack.close()
+                    opened, file = path, stack.enter_context(open_text(path))
+                passages = list(read_shard(path, shard, file))
+                for name, target in stored.items():
+                    if not target.path.is_file():
+                        encoder = self.encoders[name]
+                        target.save(encoder.encode([encoder.passage_text(p) for p in passages], "passage").astype(np.float16))
+
+    def _queries(self, queries):
+        """{retriever: (N, D) fp16 vectors}; those of the last call with all these queries are still at hand."""
+        import numpy as np
+        known, vectors = self._vectors
+        places = {query: i for i, query in enumerate(known)}
+        if not all(q in places for q in queries):
+            known = list(dict.fromkeys(queries))  # each once, so that the key in the cache is that of any call with these queries
+            together(lambda: [e.encode_cached(known, "query", self.cache) for e in self.encoders.values()
+                              if world()[0] == 0])  # the others find them in the cache
+            vectors = {n: np.array(e.encode_cached(known, "query", self.cache)) for n, e in self.encoders.items()}
+            vectors = {n: unit(v) if self.to_unit[n] else v for n, v in vectors.items()}
+            self._vectors, places = (known, vectors), {query: i for i, query in enumerate(known)}
+        return {n: v[[places[q] for q in queries]] for n, v in vectors.items()}
+
+    def _block(self, name, stored):
+        """(m, D) fp16 vectors of a shard, as this fusion compares them."""
+        return unit(stored.load()) if self.to_unit[name] else stored.load()
+
+    def search(self, lang, queries, depth, below=None):
         """(hits, rankings): for each query its best passages, and {retriever: [docid] of its own top 2 x depth} of each.
 
-        hits are lists of at most depth {docid, row, score, scores, ranks}, best first, with scores and ranks by retriever;
-        a retriever that has the passage outside its own top 2 x depth is not in them.
+        hits are lists of at most depth {docid, row, score, scores, ranks}, best first, with scores and ranks by retriever; a
+        rank is there where the retriever has the passage in its own top 2 x depth. below: (N,) only passages scoring less.
+        """
+        pool, alone, everything = 2 * depth, len(self.names) == 1, {}
+        for name in self.encoders:
+            everything[name] = ({name: 1.0}, pool, None)
+        if self.encoders and (below is not None or (not alone and self.fusion == "concat")):
+            everything[None] = (dict(zip(self.names, self.weights)) if not alone else {self.names[0]: 1.0}, depth, below)
+        lists = self._dense(lang, queries, everything)
+        if self.bm25:
+            lists["bm25"] = self.bm25.search(lang, queries, pool)
+        own = {n: lists[n] for n in self.names}
+        fused = lists.get(None) or ([of_query[:depth] for of_query in own[self.names[0]]] if alone else
+                                    [self._rrf([own[n][q] for n in self.names], depth) for q in range(len(queries))])
+        hits = []
+        for q, of_query in enumerate(fused):
+            places = {n: {row: (rank, score) for rank, (row, _, score, _) in enumerate(own[n][q], 1)} for n in self.names}
+            hits.append([{"docid": docid, "row": row, "score": score,
+                          "scores": parts or {n: places[n][row][1] for n in self.names if row in places[n]},
+                          "ranks": {n: places[n][row][0] for n in self.names if row in places[n]}}
+                         for row, docid, score, parts in of_query])
+        return hits, {n: [[docid for _, docid, _, _ in of_query] for of_query in own[n]] for n in self.names}
+
+    def _dense(self, lang, queries, lists):
+        """{key: for each query [(row, docid, score, {retriever: score})]} of lists {key: (weights, depth, below)}.
+
+        Exact, in one pass over this process's shards: the products of a block serve every list. Memory: one block of
+        (QUERY_BLOCK, SHARD) a retriever and depth passages a query, whatever the corpus.
         """
         import numpy as np
-        shards, docids = self.index(lang)
-        docids = Rows(docids)
-        vectors = {n: np.asarray(e.encode_cached(queries, "query", self.cache), np.float32) for n, e in self.encoders.items()}
-        pool = 2 * depth
-        lists = {n: self._dense(shards, vectors, {n: 1.0}, docids, pool) if n != "bm25"
-                 else self._lexical(lang, queries, docids, pool) for n in self.names}
-        if len(self.names) == 1:
-            fused = [of_query[:depth] for of_query in lists[self.names[0]]]
-        elif self.fusion == "concat":
-            fused = self._dense(shards, vectors, dict(zip(self.names, self.weights)), docids, depth)
-        else:
-            fused = [self._rrf([lists[n][q] for n in self.names], docids)[:depth] for q in range(len(queries))]
-        places = {n: [{row: (rank, round(float(score), 6)) for rank, (row, score) in enumerate(of_query, 1)}
-                      for of_query in lists[n]] for n in self.names}
-        hits = [[{"docid": docids[row].decode(), "row": row, "score": round(float(score), 6),
-                  "scores": {n: places[n][q][row][1] for n in self.names if row in places[n][q]},
-                  "ranks": {n: places[n][q][row][0] for n in self.names if row in places[n][q]}}
-                 for row, score in of_query] for q, of_query in enumerate(fused)]
-        return hits, {n: [[docids[row].decode() for row, _ in of_query] for of_query in lists[n]] for n in self.names}
-
-    def _dense(self, shards, vectors, weights, docids, depth):
-        """[[(row, score)]] by the weighted sum of cosines; exact, in blocks, memory independent of the corpus."""
-        import faiss
-        import numpy as np
-        names = list(weights)
-        first = vectors[names[0]]
-        query = np.hstack([weights[n] * vectors[n] for n in names])  # (N, sum D); only the block below is concatenated
-        keep, slack = depth + 32, EPSILON * sum(abs(w) for w in weights.values())
-        best, rows = np.full((len(first), keep), -np.inf, np.float32), np.full((len(first), keep), -1)
-        n_rows = 0
-        blocks = list(zip(*(shards[n] for n in names)))
-        for block in blocks:
-            passages = np.hstack([np.asarray(b, np.float32) for b in block])  # (m, sum D)
-            found, index = faiss.knn(query, passages, min(keep, len(passages)), metric=faiss.METRIC_INNER_PRODUCT)
-            both, both_rows = np.hstack([best, found]), np.hstack([rows, np.where(index < 0, -1, index + n_rows)])
-            top = np.argpartition(-both, keep - 1, axis=1)[:, :keep]
-            best, rows = np.take_along_axis(both, top, 1), np.take_along_axis(both_rows, top, 1)
-            n_rows += len(passages)
-        threshold = np.sort(best, axis=1)[:, -min(depth, keep)] - slack
-        pools = [rows[q][(best[q] >= threshold[q]) & (rows[q] >= 0)].tolist() for q in range(len(first))]
-        crowded = [q for q in range(len(first)) if (best[q] >= threshold[q]).all() and n_rows > keep]
-        if crowded:  # more ties than slots (equal texts): collect them all in a second pass
-            pools = [[] if q in set(crowded) else p for q, p in enumerate(pools)]
-            n_rows = 0
-            for block in blocks:
-                passages = np.hstack([np.asarray(b, np.float32) for b in block])
-                for q, row in zip(*np.nonzero(query[crowded] @ passages.T >= threshold[crowded][:, None])):
-                    pools[crowded[q]].append(int(row) + n_rows)
-                n_rows += len(passages)
-        stores = {n: Rows(shards[n]) for n in names}
-        results = []
-        for q, pool in enumerate(pools):
-            score = sum(weights[n] * (np.stack([stores[n][r] for r in pool]).astype(np.float64)
-                                      @ vectors[n][q].astype(np.float64)) for n in names) if pool else []
-            results.append(best_first(pool, score, docids)[:depth])
+        import torch
+        if not lists:
+            return {}
+        (shards, docids), (rank, size) = self.index(lang), world()
+        vectors = self._queries(queries)
+        best = {key: Best(weights, len(queries), depth, below) for key, (weights, depth, below) in lists.items()}
+        longest = {n: float(np.linalg.norm(v.astype(np.float32), axis=1).max()) for n, v in vectors.items()}
+        first_row = np.cumsum([0, *map(len, docids)])
+        with torch.inference_mode(), full_float32():
+            asked = {n: torch.from_numpy(v).to(self.device).float() for n, v in vectors.items()}   # (N, D)
+            for s in range(rank, len(docids), size):
+                block, ids = {n: self._block(n, shards[n][s]) for n in shards}, docids[s].load()   # (m, D), (m,)
+                wide = {n: torch.from_numpy(np.array(b)).to(self.device).float() for n, b in block.items()}
+                slack = {n: EPSILON * max(1, longest[n] * float(w.norm(dim=1).max())) for n, w in wide.items()}
+                for at in range(0, len(queries), QUERY_BLOCK):
+                    cosines = {n: q[at:at + QUERY_BLOCK] @ wide[n].T for n, q in asked.items()}     # (n, m)
+                    for of_key in best.values():
+                        of_key.offer(at, cosines, slack, vectors, block, first_row[s], ids)
+        results = {}
+        for key, of_key in best.items():
+            of_key.parts = gather(of_key.cut())
+            query, row, score, docid, parts = of_key.cut()
+            names = list(of_key.weights)
+            results[key] = [[] for _ in queries]
+            for q, r, s, d, p in zip(query.tolist(), row.tolist(), score.tolist(), docid.tolist(), np.round(parts, 6).tolist()):
+                results[key][q].append((r, d.decode(), s, dict(zip(names, p)) if key is None else None))
         return results
 
-    def _lexical(self, lang, queries, docids, depth):
-        """[[(row, score)]] by BM25 (bm25s, Lucene's formula) over sub-word terms; passages without a term are left out."""
+    def _rrf(self, rankings, depth):
+        """Reciprocal rank fusion: sum of weight / (RRF_K + rank); ties by docid."""
+        fused, names = Counter(), {}
+        for weight, ranking in zip(self.weights, rankings):
+            for rank, (row, docid, _, _) in enumerate(ranking, 1):
+                fused[row] += weight / (RRF_K + rank)
+                names[row] = docid
+        best = sorted(((row, names[row], round(score, 6)) for row, score in fused.items()), key=lambda h: (-h[2], h[1].encode()))
+        return [(*hit, None) for hit in best[:depth]]
+
+    def scores_of(self, lang, queries, docids):
+        """(N,) score of queries[i] with the passage docids[i], on the scale of `search`; NaN where the corpus has it not."""
+        import numpy as np
+        (shards, stored), (rank, size) = self.index(lang), world()
+        vectors = self._queries(queries)
+        wanted = np.array([d.encode() for d in docids])
+        names, group = np.unique(wanted, return_inverse=True)
+        scores = np.full(len(queries), np.nan)
+        for s in range(rank, len(stored), size):
+            ids = stored[s].load()
+            place = np.minimum(np.searchsorted(names, ids), len(names) - 1)
+            where = np.full(len(names), -1)
+            where[place[names[place] == ids]] = np.flatnonzero(names[place] == ids)
+            here = np.flatnonzero(where[group] >= 0)
+            if len(here):
+                scores[here] = self._weighted({n: dot(vectors[n], here, self._block(n, shards[n][s]), where[group][here])
+                                               for n in shards})
+        return np.fmax.reduce(gather(scores))
+
+    def similarity(self, queries, passages):
+        """(N,) score of queries[i] with passages[i], {title, text} of any origin, on the scale of `search`."""
+        import numpy as np
+        vectors, every = self._queries(queries), np.arange(len(queries))
+        together(lambda: [e.encode_cached([e.passage_text(p) for p in passages], "passage", self.cache)
+                          for e in self.encoders.values() if world()[0] == 0])
+        passages = {n: e.encode_cached([e.passage_text(p) for p in passages], "passage", self.cache)
+                    for n, e in self.encoders.items()}
+        return self._weighted({n: dot(vectors[n], every, unit(p) if self.to_unit[n] else p, every) for n, p in passages.items()})
+
+    def _weighted(self, parts):
+        import numpy as np
+        weights = self.weights if len(self.names) > 1 else [1.0]
+        return np.round(sum(w * parts[n] for w, n in zip(weights, self.names)), 6)
+
+
+class BM25:
+    """BM25 (bm25s, Lucene's formula) over sub-word terms of an ensemble's corpus; passages without a term are left out.
+
+    The index of a language is kept in the cache, memory-mapped, under a digest of tokenizer and corpus.
+    """
+
+    def __init__(self, ensemble, tokenizer=None):
+        self.ensemble, self.tokenizer, self._index = ensemble, None, (None, None)
+        if tokenizer:
+            self.tokenizer = load_tokenizer(model_folder(tokenizer))
+        elif ensemble.encoders:
+            self.tokenizer = next(iter(ensemble.encoders.values())).tokenizer
+        self.kept, self.name = None, "subwords"
+        if self.tokenizer is not None:
+            import numpy as np
+            words = self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer)))
+            special = set(self.tokenizer.all_special_ids)
+            self.kept = np.array([i not in special and any(c.isalnum() for c in w or "") for i, w in enumerate(words)])
+            state = self.tokenizer.backend_tokenizer.to_str() if hasattr(self.tokenizer, "backend_tokenizer") else repr(words)
+            self.name = hashlib.blake2b(state.encode()).hexdigest()[:24]
+
+    def terms(self, texts, vocabulary):
+        """The term numbers of each text, an int32 array each; vocabulary {term: number} grows where there is no tokenizer."""
+        import numpy as np
+        if self.tokenizer is None:
+            return [np.array([vocabulary.setdefault(t, len(vocabulary)) for t in subwords(text)], np.int32) for text in texts]
+        texts = [unicodedata.normalize("NFKC", text).casefold() for text in texts]
+        ids = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)["input_ids"]
+        return [row[self.kept[row]] for row in (np.array(i, np.int32) for i in ids)]
+
+    def index(self, lang):
+        """(bm25s index, vocabulary) of a language, made by the first process where the cache has none."""
+        if self._index[0] == lang:
+            return self._index[1]
+        import bm25s
+        docids = self.ensemble.index(lang)[1]
+        key = hashlib.blake2b(json.dumps([self.name, [d.path.name for d in docids]]).encode()).hexdigest()[:32]
+        folder = self.ensemble.cache / "bm25" / key
+        together(lambda: None if world()[0] or folder.is_dir() else self._make(lang, folder))
+        vocabulary = json.loads((folder / "terms.json").read_text("utf-8"))
+        self._index = (lang, (bm25s.BM25.load(folder, mmap=True, load_vocab=False), vocabulary))
+        return self._index[1]
+
+    def _make(self, lang, folder):
+        """Number the terms of the corpus into a file, 4 bytes a term, and let bm25s read that."""
         import bm25s
         import numpy as np
-        if lang not in self._bm25:
-            terms = [self.terms(passage_text(p)) for path, lines in read_shards(self.data, lang)
-                     for p in read_passages(path, lines)]
-            vocabulary = {t: i for i, t in enumerate(sorted({t for ts in terms for t in ts}))}
+        vocabulary, lengths = {}, []
+        with atomic_folder(folder) as temporary:
+            with open(temporary / "terms", "wb") as file:
+                for path in corpus_files(self.ensemble.data, lang):
+                    for batch in batched(read_passages(path, read_lines(path)), 1024):
+                        for ids in self.terms([passage_text(p) for p in batch], vocabulary):
+                            lengths.append(len(ids))
+                            file.write(ids.tobytes())
+            n_terms = len(vocabulary) if self.tokenizer is None else len(self.tokenizer)
             index = bm25s.BM25(method="lucene")
-            index.index(([[vocabulary[t] for t in ts] for ts in terms], vocabulary), show_progress=False)
-            self._bm25 = {lang: (index, vocabulary)}  # one language at a time
-        index, vocabulary = self._bm25[lang]
-        results = []
-        for query in queries:
-            known = [vocabulary[t] for t in self.terms(query) if t in vocabulary]
-            scores = index.get_scores(known) if known else np.zeros(len(docids), np.float32)
+            rows = TermRows(temporary / "terms", np.array(lengths, np.int32))
+            index.scores, index.vocab_dict = index.build_index_from_ids(range(n_terms), rows, show_progress=False), {}
+            index.save(temporary, show_progress=False)
+            (temporary / "terms.json").write_text(json.dumps(vocabulary, ensure_ascii=False), "utf-8")
+            (temporary / "terms").unlink()
+
+    def search(self, lang, queries, depth):
+        """For each query [(row, docid, score, None)], best first; each process takes its share of the queries."""
+        import numpy as np
+        (index, vocabulary), (rank, size) = self.index(lang), world()
+        stored = self.ensemble.index(lang)[1]
+        first_row = np.cumsum([0, *map(len, stored)])
+        known, found = len(vocabulary) if self.tokenizer is None else len(self.tokenizer), []
+        for ids in self.terms(queries[rank::size], dict(vocabulary)):
+            ids = ids[ids < known]
+            scores = np.round(index.get_scores_from_ids(ids) if len(ids) else np.zeros(first_row[-1], np.float32), 6)
             cut = np.partition(scores, -depth)[-depth] if depth < len(scores) else 0
-            rows = np.flatnonzero((scores >= cut) & (scores > 0)).tolist()
-            results.append(best_first(rows, scores[rows], docids)[:depth])
-        return results
-
-    def _rrf(self, rankings, docids):
-        fused = Counter()
-        for weight, ranking in zip(self.weights, rankings):
-            for rank, (row, _) in enumerate(ranking, 1):
-                fused[row] += weight / (RRF_K + rank)
-        return best_first(list(fused), list(fused.values()), docids)
-
-    def similarity(self, queries, texts, kind="passage"):
-        """(N,) score of queries[i] with texts[i], on the scale of `search` under fusion concat."""
-        import numpy as np
-        return sum(w * np.einsum("nd,nd->n", *(np.asarray(e.encode_cached(t, k, self.cache), np.float64)
-                                               for t, k in ((queries, "query"), (texts, kind))))
-                   for w, e in zip(self.weights, self.encoders.values()))
+            rows = np.flatnonzero((scores >= cut) & (scores > 0))
+            names = np.empty(len(rows), object)
+            shard = np.searchsorted(first_row, rows, "right") - 1
+            for s in np.unique(shard):
+                names[shard == s] = stored[s].load()[rows[shard == s] - first_row[s]]
+            best = sorted(zip((-np.round(scores[rows].astype(np.float64), 6)).tolist(), names.tolist(), rows.tolist()))[:depth]
+            found.append([(row, docid.decode(), -score, None) for score, docid, row in best])
+        shares = gather(found)
+        return [shares[q % size][q // size] for q in range(len(queries))]
 
 
-class Rows:
-    """Shards seen as one array: Rows(shards)[row]."""
+class TermRows:
+    """Term numbers of each passage from a file, one at a time: what bm25s reads instead of a list of lists."""
 
-    def __init__(self, shards):
-        import numpy as np
-        self.shards, self.starts = shards, np.cumsum([0] + [len(s) for s in shards])
+    def __init__(self, path, lengths):
+        self.path, self.lengths = path, lengths
 
     def __len__(self):
-        return int(self.starts[-1])
+        return len(self.lengths)
 
-    def __getitem__(self, row):
-        shard = int(self.starts.searchsorted(row, "right")) - 1
-        return self.shards[shard][row - self.starts[shard]]
+    def __iter__(self):
+        import numpy as np
+        with open(self.path, "rb") as file:
+            for length in self.lengths:
+                yield np.frombuffer(file.read(4 * int(length)), np.int32)
 
 
-def best_first(rows, scores, docids):
-    """[(row, score)] by score, ties by docid. Scores are compared at six decimals, as they are written."""
-    return sorted(zip(rows, scores), key=lambda hit: (-round(float(hit[1]), 6), bytes(docids[hit[0]])))
+def batched(items, n):
+    """Lists of n items (the last may be shorter)."""
+    from itertools import islice
+    items = iter(items)
+    while batch := list(islice(items, n)):
+        yield batch
+
+
+@contextlib.contextmanager
+def atomic_folder(folder):
+    """A temporary folder beside it, renamed to folder when the block ends well, else removed."""
+    import shutil
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 # --------------------------------------------------------------------------- LLM client

@@ -87,6 +87,7 @@ def build_parser():
     parser.add_argument("--query-max-len", type=positive_int, default=64, help="tokens of a query that are read (Sec. 4.1)")
     parser.add_argument("--passage-max-len", type=positive_int, default=256, help="tokens of a passage that are read (Sec. 4.1)")
     parser.add_argument("--bm25-tokenizer", metavar="MODEL", help="as in stage 01")
+    parser.add_argument("--settings", nargs="+", default=[], metavar="[MODEL:]KEY=VALUE", help="as in stage 01")
     parser.add_argument("--concurrency", type=positive_int, default=64, help="calls under way at once")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--cache", default="cache", metavar="FOLDER", help="embeddings and answers are kept here")
@@ -172,7 +173,7 @@ def estimate(args, short):
     queries = [q for of_lang in short.values() for q in of_lang]
     judged, least, most, tokens = 0 if args.no_judge_new else args.votes, 0, 0, 0
     for query in queries:
-        prompt = sum(len(m["content"].encode()) // 4 for m in judge_messages(query.query, query.lang, query.positives[0]))
+        prompt = sum(len(m["content"].encode()) // 4 for m in judge_messages(query.query, query.lang, query.positives[:1]))
         wanted = query.missing if args.mode == "retrieve" else min(query.missing, int(args.max_written * args.target))
         generated, tries = (2, 2 * TRIES) if args.mode == "retrieve" else (wanted, wanted)
         found = 2 * args.target if args.mode == "retrieve" else wanted
@@ -477,7 +478,7 @@ def main(argv=None):
     if output.is_done():
         return
     ensemble = Ensemble(args.retrievers, args.data, args.cache, args.fusion, args.weights, args.device,
-                        args.bm25_tokenizer, args.query_max_len, args.passage_max_len)
+                        args.bm25_tokenizer, args.query_max_len, args.passage_max_len, args.settings)
     calls = asyncio.run(generate(short, args, ensemble)) if short else {}
     sources, samples, examples = defaultdict(Counter), {}, Sample(5, f"{args.seed}:examples")
     output.write(finished(args, short, sources, samples, examples))

@@ -1,8 +1,11 @@
 # make all            the whole pipeline on the bundled sample: no key, no GPU, no network after the install; 3 minutes on two cores
 # make all DATA_SOURCE=miracl LANGS="sw te" RETRIEVERS="intfloat/multilingual-e5-large BAAI/bge-m3" FUSION=concat ENCODER=BAAI/bge-m3 LLM=NAME
 #                     the same on real data and models, with the server that OPENAI_BASE_URL and OPENAI_API_KEY name
-# make test           the tests (15 minutes on two cores)
+# make test           the tests (5 minutes on two cores)
 # make data | candidates | filtered | augmented | topics | model | eval     up to one stage
+# make ablations      training rows of the paper's tables on $(DATA) and $(RUN), three seeds; resumable, hours on two cores
+# make judge-quality  how good must the judge be? a labelled simulation on the sample; resumable, an hour on two cores
+# make bench          memory and speed of mining, judging and training; half an hour on two cores
 # make sample         write sample/data and sample/truth again from the fact tables, to the same bytes
 # make clean          remove what `make all` made for $(DATA) and $(RUN); the cache of embeddings and answers stays
 
@@ -49,7 +52,7 @@ PY := .venv/bin/python
 COMMON := --seed $(SEED) $(if $(LANGS),--lang $(LANGS))
 SERVED := $(PY) $(if $(filter offline-stand-in,$(LLM)),offline_llm.py --exec $(PY))
 
-.PHONY: all data encoder candidates filtered augmented topics model eval test sample clean help FORCE
+.PHONY: all data encoder candidates filtered augmented topics model eval ablations judge-quality bench test sample clean help FORCE
 FORCE:
 
 # Every stage is started each time: it knows by the digests of its inputs, models and arguments whether it has work to do.
@@ -90,6 +93,20 @@ $(RUN)/model: $(RUN)/topics.jsonl FORCE
 
 $(RUN)/eval/metrics.json: $(RUN)/model FORCE
 	$(PY) 06_eval.py --data $(DATA) --models bm25 $(ENCODER) $(RUN)/model --baseline $(ENCODER) --cache $(CACHE) --out $(RUN)/eval $(COMMON)
+	@$(PY) 06a_report.py --run $(RUN) --out $(RUN)/eval $(COMMON)
+
+ablations: .venv/installed
+	$(PY) bench/ablate_training.py --data $(DATA) --run $(RUN) --encoder $(ENCODER)
+
+judge-quality: .venv/installed
+	$(PY) bench/judge_quality.py --data data/sample --truth sample/truth --encoder models/sample --out results/judge-quality-sample
+
+bench: .venv/installed
+	$(PY) bench/mine_million.py --work runs/million
+	$(PY) bench/judge_throughput.py
+	$(PY) bench/judge_faults.py
+	$(PY) bench/judge_memory.py
+	$(PY) bench/train_memory.py --encoder models/sample
 
 test: .venv/installed
 	$(PY) -m pytest -q -n 2 --dist loadfile tests

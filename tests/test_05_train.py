@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, load_stage, run_stage
+from conftest import ROOT, load_stage
 from safetensors.torch import load_file
 
 stage = load_stage("05_train")
@@ -247,7 +247,7 @@ def test_a_non_finite_loss_names_the_queries_and_keeps_the_last_good_checkpoint(
 
 def test_bad_encoders_and_flags_are_one_line(made, capsys):
     (made / "no encoder").mkdir()
-    assert "no encoder with a tokenizer" in one_line(capsys, arguments(made, "bad", encoder="no encoder"))
+    assert "no tokenizer" in one_line(capsys, arguments(made, "bad", encoder="no encoder"))
     assert "trains nothing; name a file with --log-batches" in one_line(capsys, arguments(made, "bad", "--max-steps", 0))
     for flags in (["--temperature", 0], ["--lr", "nan"], ["--alpha", -1], ["--max-steps", -1]):
         with pytest.raises(SystemExit) as end:

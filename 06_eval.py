@@ -143,7 +143,6 @@ def evaluate(model, name, args, queries, qrels, digests, data):
             hits, _ = ensemble.search(lang, [queries[lang][q] for q in asked], args.depth)
             tag = path.name.removesuffix(f".{lang}.trec") + ("-judged-pool" if args.pool == "judged" else "")
             output.write_lines(run_lines({q: [(h["docid"], h["score"]) for h in found] for q, found in zip(asked, hits)}, tag))
-            output.finish(queries=len(asked))
         results[lang] = measure(qrels[lang], read_run(path))
     return results
 

@@ -16,7 +16,7 @@ def test_tables_are_those_of_the_result_files():
 
 
 def test_commands_use_flags_that_exist():
-    commands = re.findall(r"^python (0\d\w+\.py) (.*)$", README, re.M)
+    commands = re.findall(r"^(?:python|torchrun --nproc-per-node \d+) (0\d\w+\.py) (.*)$", README, re.M)
     assert commands
     for script, arguments in commands:
         load_stage(script.removesuffix(".py")).build_parser().parse_args(shlex.split(arguments))

@@ -27,7 +27,7 @@ from itertools import islice
 from pathlib import Path
 
 # before torch: it sets OMP_WAIT_POLICY, which torch reads when it loads
-from common import (DataError, Encoder, Output, Parser, atomic, dump, open_text, parse_query, passage_text, positive_int, progress,
+from common import (DataError, Encoder, Output, Parser, atomic, dump, keep_blocks, open_text, parse_query, passage_text, positive_int, progress,
                     run, say)
 
 import numpy as np  # isort: skip
@@ -512,6 +512,7 @@ def train(args, encoder, queries, rank, world, log_path, checkpoint):
         return batch_log.close()
 
     model, device = encoder.model.train(), encoder.device
+    keep_blocks(1024)  # the gradients of every step have the same size
     encoder.forward(encoder.tokenize(["probe"], "query")).sum().backward()
     for parameter in model.parameters():  # such as a pooler that nothing reads: neither trained nor waited for
         parameter.requires_grad_(parameter.grad is not None)

@@ -9,14 +9,12 @@ Each line is a process of its own, in turn, over the same prompts (stage 02's, o
   stage 02          the whole stage: reads the records, builds prompts, digests, asks, parses, caches, writes
 Ideal is concurrency / 50 ms. The server is a process of its own.
 
-Measured with --calls 6000 on two cores (AMD EPYC) shared with other work, load 8: CPU is the limit, so CPU a call says more than
-calls a second. Two rounds (on the idle machine, `post` alone: 410-494 calls/s with the client as it comes, 1203-1344 with aiohttp):
-  create            60, 63 calls/s    3.73, 3.95 ms CPU a call
-  create, aiohttp   68, 128           2.49, 2.36
-  post, aiohttp     189, 305          1.16, 1.32
-  stage 02          365, 267          1.27, 1.56
-and with --calls 3000 (start-up weighs more): 190, 213, 397, 278 calls/s; 3.77, 2.86, 1.64, 1.95 ms CPU. A profile of stage 02
-gives 92% of its time to the client; ours is prompts 1.5%, parsing 1.3%, cache 1%, records 1%, start 2%.
+Measured with --calls 6000 on two idle cores (AMD EPYC), two rounds; CPU is the limit:
+  create            300, 314 calls/s    3.51, 3.33 ms CPU a call
+  create, aiohttp   621, 607            1.73, 1.80
+  post, aiohttp     1073, 1231          1.06, 0.99
+  stage 02          985, 1025           1.13, 1.08 (start-up included)
+A profile of stage 02 gives 92% of its time to the client; ours is prompts 1.5%, parsing 1.3%, cache 1%, records 1%, start 2%.
 """
 import argparse
 import asyncio

@@ -3,7 +3,7 @@
 How     invented passages (sample/make_sample.py --scale), 1,000 queries, depth 40, a BERT without layers (384 wide) made on
         the spot; each run is a process of its own, its peak resident memory (of the whole process, libraries and mapped pages
         included) from its .meta.json. "again" is a second run with another depth and strategy.
-Usage   python bench/mine_million.py --work /tmp/million [--sizes 250000 1000000] [--retrievers dense|bm25|both]
+Usage   python bench/mine_million.py --work runs/million [--sizes 250000 1000000] [--retrievers dense|bm25|both]
 Disk    about 1.2 GB under --work; remove it afterwards
 Measured  2 busy cores, before M_MMAP_THRESHOLD went from 64 to 4 MiB: 250,000 dense 129 s, peak 1,478 MB; again 14 s, 648 MB
 """

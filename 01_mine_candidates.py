@@ -67,14 +67,13 @@ def mine(ensemble, lang, records, depth, args, below=None):
         found, ranked = ensemble.search(lang, [records[i]["query"] for i in pending], asked, None if below is None else below[pending])
         rankings = rankings or ranked
         passages = fetch_passages(args.data, lang, {hit["row"] for hits in found for hit in hits})
-        same_text = {row: normalise(passage["text"]) for row, passage in passages.items()}
         short = []
         for i, hits in zip(pending, found):
             positives = records[i]["positive_passages"]
             docids, texts = {p["docid"] for p in positives}, {normalise(p["text"]) for p in positives}
             articles = {article(d) for d in docids} if args.exclude_same_article else ()
             mined[i] = [passages[hit["row"]] | {k: hit[k] for k in ("score", "scores", "ranks")} for hit in hits
-                        if hit["docid"] not in docids and same_text[hit["row"]] not in texts
+                        if hit["docid"] not in docids and normalise(passages[hit["row"]]["text"]) not in texts
                         and article(hit["docid"]) not in articles][:depth]
             if len(mined[i]) < depth and len(hits) == asked:
                 short.append(i)

@@ -24,6 +24,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads are 10-100x slower on a busy machine
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # torch keeps code and buffers of 1024 shapes: 0.6 GB that
+    os.environ.setdefault(cache, "64")                                   # texts of every length fill, little of it used twice
 
 LANGUAGES = {"ar": "Arabic", "bn": "Bengali", "de": "German", "en": "English", "es": "Spanish", "fa": "Persian",
              "fi": "Finnish", "fr": "French", "hi": "Hindi", "id": "Indonesian", "ja": "Japanese", "ko": "Korean",
@@ -581,7 +583,7 @@ class Encoder:
         from transformers.utils import logging
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        keep_blocks(4)
+        keep_blocks(64)
         torch.set_float32_matmul_precision("medium")  # 1.8x on AMD CPUs, differences of 5e-6
         try:
             model = AutoModel.from_pretrained(self.folder, dtype=torch.float32).to(self.device).eval()
@@ -664,7 +666,7 @@ class Encoder:
                      for ids in self.tokenize(texts[at:at + 1024], kind)]
         order = sorted(range(len(texts)), key=lambda i: len(token_ids[i]))
         vectors, start = np.zeros((len(texts), self.model.config.hidden_size), np.float32), 0
-        n_batches = 0
+        enough = resident_mb() + 512
         with torch.inference_mode():
             while start < len(order):
                 end, shortest = start + 1, len(token_ids[order[start]])
@@ -676,9 +678,10 @@ class Encoder:
                 if not cuda:  # products of a few rows take another path, with other rounding
                     rows += rows[-1:] * max(0, math.ceil(MIN_TOKENS / shortest) - len(rows))
                 vectors[batch] = self.forward(rows, self.normalise)[:len(batch)].cpu().numpy()
-                start, n_batches = end, n_batches + 1
-                if n_batches % 8 == 0 and sys.platform == "linux":
-                    ctypes.CDLL(None).malloc_trim(0)  # each length leaves blocks of another size behind
+                start = end
+                if resident_mb() > enough:  # each length leaves blocks of another size behind
+                    hand_back()
+        hand_back()
         return vectors
 
     def stored(self, kind, key, n_rows, cache):
@@ -695,11 +698,23 @@ class Encoder:
 
 
 def keep_blocks(mebibytes):
-    """Let glibc keep freed blocks up to this size, not hand them back: 10-40% of CPU time goes to page faults otherwise."""
+    """Let glibc keep freed blocks up to this size, not hand them back: 10-60% of the time goes to page faults otherwise."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, mebibytes << 20)              # M_MMAP_THRESHOLD
         libc.mallopt(-1, max(64, mebibytes) << 20)     # M_TRIM_THRESHOLD
+
+
+def hand_back():
+    """Give the system all freed memory now."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident_mb():
+    """Memory of this process now, 0 where Linux's /proc is not there."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * resource.getpagesize() >> 20 if statm.exists() else 0
 
 
 def find_tokenizer(folder):
@@ -740,7 +755,7 @@ def max_positions(folder):
 
 EPSILON = 2e-5        # above any rounding error of a float32 product of unit vectors
 RRF_K = 60            # Cormack et al. 2009
-QUERY_BLOCK = 1024    # queries compared with a shard at a time; bounds memory, does not change results
+QUERY_BLOCK = 256     # queries compared with a shard at a time; bounds memory, does not change results
 PAIR_BLOCK = 4096     # pairs rescored at a time, likewise
 
 

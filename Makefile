@@ -3,7 +3,7 @@
 #                     the same on real data and models, with the server that OPENAI_BASE_URL and OPENAI_API_KEY name
 # make test           the tests (5 minutes on two cores)
 # make data | candidates | filtered | augmented | topics | model | eval     up to one stage
-# make ablations      training rows of the paper's tables on $(DATA) and $(RUN), three seeds; resumable, hours on two cores
+# make ablations      the rows of the paper's tables on $(DATA) and $(RUN), three seeds; resumable, under two hours on two cores
 # make judge-quality  how good must the judge be? a labelled simulation on the sample; resumable, an hour on two cores
 # make bench          memory and speed of mining, judging and training; half an hour on two cores
 # make sample         write sample/data and sample/truth again from the fact tables, to the same bytes
@@ -95,8 +95,9 @@ $(RUN)/eval/metrics.json: $(RUN)/model FORCE
 	$(PY) 06_eval.py --data $(DATA) --models bm25 $(ENCODER) $(RUN)/model --baseline $(ENCODER) --cache $(CACHE) --out $(RUN)/eval $(COMMON)
 	@$(PY) 06a_report.py --run $(RUN) --out $(RUN)/eval $(COMMON)
 
-ablations: .venv/installed
-	$(PY) bench/ablate_training.py --data $(DATA) --run $(RUN) --encoder $(ENCODER)
+ablations: $(RUN)/topics.jsonl
+	$(PY) bench/ablations.py --data $(DATA) --run $(RUN) --encoder $(ENCODER) --retrievers $(RETRIEVERS) --fusion $(FUSION) --llm $(LLM) --target $(N) \
+		$(if $(LANGS),--lang $(LANGS)) $(if $(TRAIN),--train-flags="$(TRAIN)") --cache $(CACHE)
 
 judge-quality: .venv/installed
 	$(PY) bench/judge_quality.py --data data/sample --truth sample/truth --encoder models/sample --out results/judge-quality-sample

@@ -42,7 +42,7 @@ def made(tmp_path_factory):
     must("04_cluster_topics.py", "--input", run / "augmented.jsonl", "--encoder", encoder, "--topics", 4, "--cache", cache,
          "--out", run / "topics.jsonl")
     must("05_train.py", "--input", run / "topics.jsonl", "--encoder", encoder, "--lr", 1e-3, "--temperature", 0.05, "--epochs", 2,
-         "--batch-size", 8, "--log-batches", run / "batches.jsonl", "--out", run / "model")
+         "--batch-size", 8, "--log-batches", run / "batches.jsonl", "--export", "flagembedding", "--out", run / "model")
     evaluation = must("06_eval.py", "--data", data, "--models", "bm25", encoder, run / "model", "--baseline", encoder,
                       "--cache", cache, "--limit", 4, "--out", run / "eval")
     (top / "eval.txt").write_text(evaluation.stdout, "utf-8")
@@ -155,6 +155,51 @@ def test_the_trained_model_gives_the_same_vectors_in_sentence_transformers(made)
         for kind, encode in (("query", theirs.encode_query), ("passage", theirs.encode_document)):
             cosine = np.sum(ours.encode(texts, kind) * encode(texts), axis=1)
             assert cosine.min() > 0.9999
+
+
+def in_datasets(path, cache, monkeypatch):
+    """The file as people load it: with types inferred from the whole file, not from its first 10 MB."""
+    import datasets
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    return datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=cache, chunksize=path.stat().st_size)
+
+
+def texts(record):
+    """What a trainer reads of a record; `datasets` gives fields that only other records have as None."""
+    of = {k: record.get(k) for k in ("query_id", "lang", "query", "summary", "generated_query", "topic")}
+    lists = ("positive_passages", "negative_passages", "candidate_passages", "false_negatives")
+    return of | {k: [(p["docid"], p["title"], p["text"], p.get("source"), p.get("grade")) for p in record.get(k) or []] for k in lists}
+
+
+@pytest.mark.parametrize("name", ["data/train", "run/candidates", "run/filtered", "run/augmented", "run/topics"])
+def test_training_files_load_in_datasets_to_the_same_texts(made, name, tmp_path, monkeypatch):
+    loaded = in_datasets(made / f"{name}.jsonl", tmp_path, monkeypatch)
+    assert [texts(r) for r in loaded] == [texts(r) for r in read(made / f"{name}.jsonl")]
+
+
+def test_a_field_that_comes_late_in_a_large_file_loads_in_datasets(made, tmp_path, monkeypatch):
+    """Above 10 MB, without chunksize, it would take a summary that is null there for a column of nulls, and stop."""
+    records = read(made / "run/topics.jsonl")
+    early = [r | {"summary": None, "generated_query": None, "false_negatives": []} for r in records]
+    copies = 1 + 11_000_000 // (made / "run/topics.jsonl").stat().st_size
+    with open(tmp_path / "topics.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in early * copies + records)
+    loaded = in_datasets(tmp_path / "topics.jsonl", tmp_path / "cache", monkeypatch)
+    assert len(loaded) == len(early) * copies + len(records)
+    assert [texts(r) for r in loaded.select(range(len(loaded) - len(records), len(loaded)))] == [texts(r) for r in records]
+
+
+@pytest.mark.parametrize("layout", ["flagembedding", "sentence-transformers"])
+def test_exported_layouts_load_in_datasets_to_the_same_texts(made, layout, tmp_path, monkeypatch):
+    out = made / "run/model"
+    if layout == "sentence-transformers":  # the fixture writes the other
+        out = tmp_path / "model"
+        must("05_train.py", "--input", made / "run/topics.jsonl", "--encoder", made / "encoder", "--max-steps", 1, "--batch-size", 2,
+             "--export", layout, "--out", out)
+    files = sorted(out.with_name(f"{out.name}.{layout}").glob("*.jsonl"))
+    assert [path.stem for path in files] == LANGS
+    for path in files:
+        assert list(in_datasets(path, tmp_path / "cache", monkeypatch)) == read(path)
 
 
 def test_a_second_run_redoes_nothing(made):

@@ -26,7 +26,10 @@ import sys
 import time
 from argparse import REMAINDER
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 
@@ -46,12 +49,13 @@ def build_parser():
     parser.add_argument("--lang", nargs="+", metavar="CODE", help="use only these languages")
     parser.add_argument("--errors", nargs="+", type=float, default=[0, 0.05, 0.1, 0.2, 0.4], help="error rates of the judge, 0 to 1")
     parser.add_argument("--weak", nargs="+", metavar="CODE", default=[], help="languages in which the judge is worse")
-    parser.add_argument("--weak-error", type=float, default=0.4, help="its error rate there, beside each of --errors elsewhere")
+    parser.add_argument("--weak-error", type=float, default=0.4, help="its error rate there; elsewhere it is the lowest of --errors above 0")
     parser.add_argument("--seeds", nargs="+", type=int, default=[13, 14, 15], help="of the kept positives, the errors and the training")
     parser.add_argument("--depth", type=positive_int, default=40, help="candidates per query")
     parser.add_argument("--epochs", type=positive_int, default=8, help="of training")
     parser.add_argument("--train-flags", nargs="+", metavar="FLAG", default=["lr=1e-3", "temperature=0.05"],
                         help="further flags of 05_train.py, as name=value")
+    parser.add_argument("--jobs", type=positive_int, default=2, help="rows at a time, each with one thread")
     parser.add_argument("--minutes", type=float, help="start no further row after so long")
     parser.add_argument("--work", metavar="FOLDER", help="for what the stages make; default: runs/<name of OUT>")
     parser.add_argument("--out", metavar="NAME", help="NAME.json and NAME.png")
@@ -128,7 +132,7 @@ def answer(args):
 
 def stage(*command):
     """Run a script of the project; its bad end ends this one."""
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=os.environ | {"OMP_WAIT_POLICY": "passive"},
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         raise DataError(f"{' '.join(map(str, command))[:300]} ended with {done.returncode}: {done.stderr[-600:]}")
@@ -137,10 +141,10 @@ def stage(*command):
 def judges(args):
     """[{judge, drop_at, weak}] of one seed, in the order in which they are run."""
     rows = [{"judge": name, "drop_at": 1, "weak": False} for name in ("none", "stand-in")]
-    for weak in (False, True) if args.weak else (False,):
-        rows += [{"judge": error, "drop_at": drop_at, "weak": weak} for error in args.errors
-                 for drop_at in ((1, 2) if error or weak else (1,))]  # without errors there is no grade 1
-    return rows
+    rows += [{"judge": error, "drop_at": drop_at, "weak": False} for error in args.errors
+             for drop_at in ((1, 2) if error else (1,))]  # without errors there is no grade 1
+    elsewhere = min((error for error in args.errors if error), default=0)
+    return rows + [{"judge": elsewhere, "drop_at": drop_at, "weak": True} for drop_at in (1, 2) if args.weak]
 
 
 def prepare(args, seed, folder):
@@ -155,12 +159,16 @@ def prepare(args, seed, folder):
     return relevant
 
 
+def judge_name(row):
+    return f"{row['judge']}{'-weak' if row['weak'] else ''}"
+
+
 def one_row(args, seed, row, folder, relevant):
     """Filter, train, evaluate: the row with its figures."""
-    name = f"{row['judge']}{'-weak' if row['weak'] else ''}"
+    name = judge_name(row)
     top = folder / name / str(row["drop_at"])
     filtering = ["02_filter_false_negatives.py", "--input", folder / "topics.jsonl", "--llm", f"simulated-{name}", "--drop-at", row["drop_at"],
-                 "--cache", folder / name, "--seed", seed, "--out", top / "filtered.jsonl"]
+                 "--listwise", 10, "--cache", folder / name, "--seed", seed, "--out", top / "filtered.jsonl"]
     if row["judge"] == "stand-in":
         stage("offline_llm.py", "--exec", sys.executable, *filtering)
     else:
@@ -254,6 +262,21 @@ def reading(curve):
                    f"({', '.join(strict)})."]
 
 
+def table(result):
+    """Markdown: a row a judge and strictness."""
+    lines = ["| judge | drops at | nDCG@10 | sd | to no filter | precision | recall |", "|---|" + "---:|" * 6]
+    names = {"none": "no filter", "stand-in": "the offline stand-in", 0: "perfect"}
+    weak = f"; {100 * result['settings']['weak_error']:.0f}% in {' '.join(result['settings']['weak'])}"
+    for c in result["summary"]:
+        name = names.get(c["judge"]) or f"errs in {100 * c['judge']:.0f}%" + weak * c["weak"]
+        cells = [f"{c['mean']:.1f}", *("" if c[key] is None else form.format(c[key]) for key, form in
+                                       (("sd", "{:.1f}"), ("gain", "{:+.1f}"), ("precision", "{:.2f}"), ("recall", "{:.2f}")))]
+        lines.append(f"| {name} | {'' if c['judge'] in ('none', 0) else c['drop_at']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + (f"\n\nPrecision and recall of what is removed, beside the known false negatives; before training: "
+                               f"{100 * result['start']['ndcg@10']:.1f}. {max(c['seeds'] for c in result['summary'])} seeds, "
+                               f"{result['settings']['epochs']} epochs.")
+
+
 def draw(result, path):
     """The curve as a figure that can be read in black and white."""
     import textwrap
@@ -313,19 +336,31 @@ def main(argv=None):
     if "start" not in result:
         result["start"] = evaluate(args, args.encoder, work / "start", work / "cache")
         save()
-    done = {(r["judge"], r["drop_at"], r["weak"], r["seed"]) for r in result["rows"]}
+    done, saving = {(r["judge"], r["drop_at"], r["weak"], r["seed"]) for r in result["rows"]}, Lock()
     todo = {seed: [r for r in judges(args) if (*r.values(), seed) not in done] for seed in args.seeds}
-    for seed, rows in todo.items():
-        folder, relevant = work / f"seed-{seed}", None
+
+    def do(seed, rows, folder, relevant):
+        """The rows of one judge, one after the other: they share its answers."""
         for row in rows:
             if args.minutes and time.time() - started > 60 * args.minutes:
-                say(f"{path}: {sum(map(len, todo.values()))} rows were left at the start, {len(result['rows'])} are there; start again to go on")
                 return
-            relevant = relevant or prepare(args, seed, folder)
-            result["rows"].append(one_row(args, seed, row, folder, relevant))
-            save()
-            shutil.rmtree(folder / f"{row['judge']}{'-weak' if row['weak'] else ''}" / str(row["drop_at"]))  # the row is what is kept
-            say(dump({k: v for k, v in result["rows"][-1].items() if k != "by_lang"}).strip())
+            made = one_row(args, seed, row, folder, relevant)
+            with saving:
+                result["rows"].append(made)
+                result["rows"].sort(key=lambda r: (r["seed"], [*map(str, judges(args))].index(str({k: r[k] for k in row}))))
+                save()
+            shutil.rmtree(folder / judge_name(row) / str(row["drop_at"]))  # the row is what is kept
+            say(dump({k: v for k, v in made.items() if k != "by_lang"}).strip())
+
+    for seed, rows in todo.items():
+        if rows and not (args.minutes and time.time() - started > 60 * args.minutes):
+            folder = work / f"seed-{seed}"
+            relevant = prepare(args, seed, folder)
+            with ThreadPoolExecutor(args.jobs) as pool:
+                list(pool.map(lambda of_judge: do(seed, of_judge, folder, relevant), [list(of) for _, of in groupby(rows, judge_name)]))
+    if len(result["rows"]) < len(args.seeds) * len(judges(args)):
+        say(f"{path}: {len(result['rows'])} of {len(args.seeds) * len(judges(args))} rows are there; start again to go on")
+        return
     save()
     draw(result, Path(f"{args.out}.png"))
     print("\n".join(result["reading"]))

@@ -109,7 +109,7 @@ def bench(module):
 
 
 VIEWS = {view.__name__: view for view in (scores, costs, record, figure, reading, figures, log)}
-SHAPES = {"models": scores, "runs": bench("ablate_training"), "summary": bench("judge_quality")}  # what a file is, by a key that it has
+SHAPES = {"models": scores, "ablations": bench("ablations"), "summary": bench("judge_quality")}  # what a file is, by a key that it has
 
 
 def table(*words):

@@ -637,6 +637,7 @@ def main(argv=None):
             torch.cuda.set_device(args.device)
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     encoder = Encoder(args.encoder, args.device, args.query_max_len, args.passage_max_len)
+    encoder.normalise = True  # the loss is of cosines whatever the maker used, so validation is, and the saved model too
     if not rank:
         if args.overwrite:
             shutil.rmtree(checkpoint.parent, ignore_errors=True)

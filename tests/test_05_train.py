@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, load_stage
 from safetensors.torch import load_file
+from tiny_models import sentence_transformers_files
 
 stage = load_stage("05_train")
 TEXTS = {"th": "กรุงเทพ เป็น เมืองหลวง ของ ไทย แม่น้ำ เจ้าพระยา วัด ช้าง ข้าว ทะเล", "ko": "서울 대한민국 수도 한강 강 산 바다 도시 음식 김치",
@@ -276,6 +278,15 @@ def test_patience_stops_early_and_keeps_the_best_epoch(made):
     assert difference(best, weights_of(made, "early")) == 0
     assert epochs[2]["warnings"] == [w for w in epochs[2]["warnings"] if "fell" in w or "fair share" in w]
     assert any(w.startswith("th: dev MRR@10 fell from 0.600 to 0.500") for w in epochs[2]["warnings"])
+
+
+def test_a_model_of_inner_products_is_trained_and_validated_by_cosines(made):
+    """As mDPR and mContriever are, whose vectors are not of unit length: the trained model's are."""
+    shutil.copytree(made / "encoder", made / "inner")
+    sentence_transformers_files(made / "inner", "mean", normalise=False)
+    for out, encoder in (("cosines", "encoder"), ("products", "inner")):
+        stage.main(arguments(made, out, "--max-steps", 3, encoder=encoder))
+    assert log_of(made, "products") == log_of(made, "cosines") and log_of(made, "cosines")[-1]["dev"]["th"]["loss"] < 3
 
 
 def test_the_log_counts_languages_and_warns_of_collapse(whole):

@@ -27,8 +27,8 @@ from itertools import islice
 from pathlib import Path
 
 # before torch: it sets OMP_WAIT_POLICY, which torch reads when it loads
-from common import (DataError, Encoder, Output, Parser, atomic, dump, keep_blocks, open_text, parse_query, passage_text, positive_int, progress,
-                    run, say)
+from common import (DataError, Encoder, Output, Parser, atomic, dump, keep_blocks, normalise, open_text, parse_query, passage_text, positive_int,
+                    progress, run, say)
 
 import numpy as np  # isort: skip
 import torch  # isort: skip
@@ -320,19 +320,24 @@ def collate(records, visits, args):
     """The texts of a batch and who is whose: (queries, passages, target, masked) for N records, M = N (1 + negatives).
 
     target (N,) is the row of each query's positive, its negatives follow it; masked (N, M) is True where a passage is
-    relevant to the query, be it another of its positives or a known false negative, whoever brought it.
+    relevant to the query, be it another of its positives or a known false negative, whoever brought it: by docid, or by
+    text, since a corpus may hold one text under two docids.
     """
-    queries, texts, keys, target = [], [], [], []
+    def names(record, passages):
+        """By what passages are known again: [(language and docid, text)]."""
+        return [((record["lang"], p["docid"]), normalise(p["text"])) for p in passages]
+
+    queries, texts, known, target = [], [], [], []
     for record, visit in zip(records, visits):
         positive, negatives = choose(record, visit, args)
         target.append(len(texts))
         queries.append(record["query"])
         texts += [passage_text(p) for p in (positive, *negatives)]
-        keys += [(record["lang"], p["docid"]) for p in (positive, *negatives)]
+        known += names(record, (positive, *negatives))
     masked = torch.zeros(len(records), len(texts), dtype=torch.bool)
     for q, record in enumerate(records):
-        relevant = {(record["lang"], p["docid"]) for key in ("positive_passages", "false_negatives") for p in record.get(key, [])}
-        masked[q] = torch.tensor([key in relevant for key in keys])
+        relevant = {name for key in ("positive_passages", "false_negatives") for both in names(record, record.get(key, [])) for name in both}
+        masked[q] = torch.tensor([docid in relevant or text in relevant for docid, text in known])
         masked[q, target[q]] = False
     return queries, texts, torch.tensor(target), masked
 

@@ -659,7 +659,8 @@ def main(argv=None):
             encoder.save(folder)
             plot(log_path, folder / "loss.png")
             (folder / "README.md").write_text(model_card(args, encoder, counts, output.meta), "utf-8")
-        output.finish(**counts)
+            shutil.rmtree(args.out, ignore_errors=True)  # at no moment does a folder lie beside the meta of another
+            output.finish(**counts)
         shutil.rmtree(checkpoint.parent)
     if args.processes > 1:
         dist.destroy_process_group()
@@ -667,14 +668,12 @@ def main(argv=None):
 
 @contextlib.contextmanager
 def atomic_folder(path):
-    """Like `atomic`, for a folder."""
+    """Like `atomic`, for a folder that is not there when the block ends."""
     target = Path(path)
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     yield temporary
-    if target.exists():
-        shutil.rmtree(target)
     temporary.rename(target)
 
 

@@ -108,6 +108,27 @@ def test_killed_at_ten_random_steps_it_ends_in_the_same_weights_and_log(whole):
     assert not (made / "killed.checkpoint").exists()
 
 
+@pytest.mark.parametrize("place", [(stage.Output, "finish"), (stage.Path, "rename")], ids=["meta", "folder"])
+def test_killed_while_the_model_is_put_in_place_it_is_put_there_again(made, monkeypatch, place):
+    out = f"placed.{place[1]}"
+    first, second = (arguments(made, out, "--max-steps", 2, "--lr", lr) for lr in ("3e-4", "3e-3"))
+    stage.main(first)
+    before = weights_of(made, out)
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt  # nothing after it is done, as with SIGKILL
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*place, killed)
+        with pytest.raises(KeyboardInterrupt):
+            stage.main(second)
+    with pytest.raises(stage.DataError, match="of another run"):  # and not "is up to date"
+        stage.main(first)
+    stage.main(second)
+    assert difference(weights_of(made, out), before) > 0
+    assert json.loads((made / f"{out}.meta.json").read_text("utf-8"))["arguments"]["lr"] == 3e-3
+
+
 def test_the_checkpoint_does_not_grow(made):
     sizes = []
     real = stage.torch.save

@@ -584,7 +584,7 @@ def train(args, encoder, queries, rank, world, log_path, checkpoint):
         bar.set_postfix(loss=f"{loss:.3f}", lang=lang, refresh=False)
         if by_lang or step == n_steps:
             model.eval()
-            state["dev"] = dev = validate(encoder, queries, dev_ids, args, rank, world)
+            dev = validate(encoder, queries, dev_ids, args, rank, world)
             score = sum(v["mrr@10"] for v in dev.values()) / len(dev) if dev else step
             warnings = collapse_warnings(by_lang, dev, state["best_dev"])
             lines.append({"step": step, "epoch": round(step / per_epoch, 3), "dev_mrr@10": round(score, 4) if dev else None, "dev": dev, "by_lang": by_lang,
@@ -592,7 +592,7 @@ def train(args, encoder, queries, rank, world, log_path, checkpoint):
             state |= {"loss": {}, "without_gain": state["without_gain"] + 1,
                       "best_dev": {lang: max(v["mrr@10"], state["best_dev"].get(lang, 0)) for lang, v in dev.items()}}
             if score > state["best"]:
-                state |= {"best": score, "without_gain": 0}
+                state |= {"best": score, "without_gain": 0, "dev": dev}
             if not rank:
                 for warning in warnings:
                     say(f"warning: epoch {step / per_epoch:g}: {warning}")
@@ -619,7 +619,7 @@ def train(args, encoder, queries, rank, world, log_path, checkpoint):
 def main(argv=None):
     args = build_parser().parse_args(argv)
     if args.temperature is None:
-        args.temperature = 0.01 if "e5" in args.encoder.lower() else 0.02
+        args.temperature = 0.01 if "e5" in Path(args.encoder).name.lower() else 0.02
     rank, args.processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     output = Output(args, [args.input], [args.encoder])
     if args.max_steps == 0:
@@ -718,7 +718,7 @@ monolingual multi-topic batches and a weighted contrastive loss.
 - score: mean MRR@10 of the best epoch on held-out queries {counts["best_dev_mrr@10"]} (a small pool; evaluate with 06_eval.py)
 - {encoder.pooling} pooling, cosine similarity, prefixes {encoder.prefix["query"]!r} (query) and {encoder.prefix["passage"]!r} (passage, which is title, line break, text)
 
-| language | training queries | MRR@10 on held-out queries, last epoch |
+| language | training queries | MRR@10 on held-out queries |
 |---|---|---|
 {table}
 

@@ -257,13 +257,16 @@ def test_a_non_finite_loss_names_the_queries_and_keeps_the_last_good_checkpoint(
         line = one_line(capsys, arguments(made, "nan", "--save-every", 5))
     finally:
         stage.contrastive_loss = real
-    assert "step 9: loss nan" in line and "last good state is" in line and "lower --lr" in line
+    stage.main(arguments(made, "planned", "--max-steps", 0, "--log-batches", made / "nan.batches"))
+    batch = [json.loads(batch) for batch in (made / "nan.batches").read_text("utf-8").splitlines()][8]
+    assert "step 9: loss nan" in line and f"on the {batch['lang']} queries {' '.join(batch['query_ids'])};" in line
+    assert "last good state is" in line and "lower --lr" in line
     saved = torch.load(made / "nan.checkpoint/last.pt", weights_only=True)
     assert saved["state"]["step"] == 5 and all(torch.isfinite(v).all() for v in saved["model"].values())
     assert not (made / "nan").exists()
     # a checkpoint of another run is not gone on with
     line = one_line(capsys, arguments(made, "nan", "--temperature", 0.2))
-    assert "of another run (--temperature" in line and "--overwrite" in line
+    assert "of another run (--temperature differ" in line and "--overwrite" in line
     stage.main(arguments(made, "nan", "--temperature", 0.2, "--overwrite"))
     assert (made / "nan/model.safetensors").exists()
 
@@ -297,6 +300,7 @@ def test_patience_stops_early_and_keeps_the_best_epoch(made):
     epochs = [line for line in log_of(made, "early") if "dev" in line]
     assert [line["dev_mrr@10"] for line in epochs] == [0.2, 0.6, 0.5, 0.4]
     assert difference(best, weights_of(made, "early")) == 0
+    assert "| th | 15 | 0.6 |" in (made / "early/README.md").read_text("utf-8")
     assert epochs[2]["warnings"] == [w for w in epochs[2]["warnings"] if "fell" in w or "fair share" in w]
     assert any(w.startswith("th: dev MRR@10 fell from 0.600 to 0.500") for w in epochs[2]["warnings"])
 
@@ -325,6 +329,15 @@ def test_the_log_counts_languages_and_warns_of_collapse(whole):
         assert set(line["dev"]) == {"fa", "ko", "sw", "th"} and set(line["loss_by_lang"]) <= set(line["by_lang"])
     warnings = stage.collapse_warnings({"sw": {"queries": 10}, "te": {"queries": 90}}, {"te": {"mrr@10": 0.4}}, {"te": 0.5})
     assert [w.split(":")[0] for w in warnings] == ["sw", "te"]
+
+
+def test_the_temperature_is_that_of_the_makers_by_the_model_s_own_name(made):
+    for name, temperature in (("e5 and others/tiny", 0.02), ("tiny-e5-small", 0.01)):
+        shutil.copytree(made / "encoder", made / name)
+        args = arguments(made, f"{name} trained", "--max-steps", 1, encoder=name)
+        at = args.index("--temperature")
+        stage.main(args[:at] + args[at + 2:])
+        assert f" temperature {temperature}," in (made / f"{name} trained/README.md").read_text("utf-8")
 
 
 def test_model_folder_has_a_card_and_a_picture(whole):

@@ -235,6 +235,51 @@ def test_cached_gradients_give_the_same_weights(one_process):
     assert difference(weights_of(one_process, "cached"), weights_of(one_process, "one")) < 1e-5
 
 
+@pytest.mark.parametrize("weighting, weight_on, flags", [
+    *((weighting, on, ["--short-batch", "shrink"]) for weighting in ("inverse", "proportional", "uniform", "none") for on in ("loss", "negatives")),
+    ("inverse", "loss", ["--short-batch", "reuse"]), ("inverse", "negatives", ["--short-batch", "shrink", "--chunk-tokens", 60])], ids=str)
+def test_the_loop_s_loss_and_gradient_are_those_of_the_formula(made, weighting, weight_on, flags):
+    """The first step of a run, from the files alone and in float64: the model of transformers, one text at a time."""
+    from transformers import AutoModel, AutoTokenizer
+    out = "formula" + weighting + weight_on + "".join(map(str, flags))
+    stage.main(arguments(made, out, "--max-steps", 1, "--batch-size", 24, "--negatives", 5, "--dev-share", 0, "--weighting", weighting,
+                         "--weight-on", weight_on, "--log-batches", made / f"{out}.batches", *flags))
+    logged, batch = log_of(made, out)[0], json.loads((made / f"{out}.batches").read_text("utf-8").splitlines()[0])
+    records = [json.loads(line) for line in (made / "topics.jsonl").read_text("utf-8").splitlines()]
+
+    def share(record, key):
+        return sum(r[key] == record[key] for r in records) / len(records)
+
+    def g(record, key):
+        of = {"inverse": lambda p: 1 / p, "proportional": lambda p: p, "uniform": lambda p: 1.0}[weighting]
+        return of(share(record, key)) / (sum(of(share(r, key)) for r in records) / len(records))
+
+    model, tokenizer = AutoModel.from_pretrained(made / "encoder", dtype=torch.float64), AutoTokenizer.from_pretrained(made / "encoder")
+
+    def vector(text):
+        hidden = model(torch.tensor([tokenizer(text)["input_ids"]])).last_hidden_state[0].mean(0)
+        return hidden / hidden.norm()
+
+    chosen = [next(r for r in records if (r["lang"], r["query_id"]) == (batch["lang"], q)) for q in batch["query_ids"]]
+    brought = [(r["query_id"], p["docid"], vector(p["title"] + "\n" + p["text"])) for r in chosen for p in r["positive_passages"] + r["negative_passages"]]
+    loss = 0
+    for record in chosen:
+        weight, query = 1.0 if weighting == "none" else 0.45 * g(record, "lang") + 0.40 * g(record, "topic"), vector(record["query"])
+        positive, relevant = record["positive_passages"][0]["docid"], {p["docid"] for p in record["positive_passages"] + record["false_negatives"]}
+        e = {(whose, docid): (query @ v / 0.1).exp() for whose, docid, v in brought}
+        above = e[record["query_id"], positive]
+        below = sum(value for (_, docid), value in e.items() if docid not in relevant)
+        if weight_on == "negatives":
+            loss = loss - (above / (above + weight * below)).log()
+        else:
+            loss = loss - weight * (above / (above + below)).log()
+    assert len(chosen) == {"th": 17, "ko": 19, "fa": 11, "sw": 5}[batch["lang"]]
+    loss = loss / (24 if "shrink" in flags else len(chosen))
+    loss.backward()
+    norm = sum((p.grad ** 2).sum() for p in model.parameters() if p.grad is not None) ** 0.5
+    assert logged["loss"] == pytest.approx(loss.item(), rel=1e-5) and logged["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
 def one_line(capsys, args):
     """What a user sees of a DataError: one line on stderr, exit status 2."""
     from common import run

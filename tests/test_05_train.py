@@ -191,17 +191,22 @@ end()
 """
 
 
+SINGLE = ["--epochs", 1, "--dev-share", 0, "--short-batch", "shrink", "--weight-on", "negatives"]  # batches of one query: one of two processes has none
+
+
 @pytest.fixture(scope="module")
 def one_process(made):
-    """One process with the whole batch, four queries from each of two processes that share it."""
+    """One process with the whole batch, four queries (or one) from each of two processes that share it."""
     stage.main(arguments(made, "one", "--batch-size", 8))
+    stage.main(arguments(made, "one of 2", "--batch-size", 2, *SINGLE, "--log-batches", made / "one.batches"))
     return made
 
 
 @pytest.fixture(scope="module")
 def two_processes(made):
-    """Under one torchrun: the gradients of uneven shares by the formula, and three trainings in two processes."""
+    """Under one torchrun: the gradients of uneven shares by the formula, and four trainings in two processes."""
     runs = [arguments(made, "shared", "--gather"), arguments(made, "cached2", "--gather", "--chunk-tokens", 60),
+            arguments(made, "single", "--gather", "--batch-size", 1, *SINGLE),
             arguments(made, "apart", "--log-batches", made / "apart.batches")]
     (made / "two.py").write_text(GATHERED.format(tests=str(ROOT / "tests"), runs=runs), "utf-8")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(made / "two.py")],
@@ -210,12 +215,13 @@ def two_processes(made):
     return made
 
 
-@pytest.mark.parametrize("out", ["shared", "cached2"])
-def test_two_processes_that_gather_match_one_with_the_whole_batch(one_process, two_processes, out):
+@pytest.mark.parametrize(("out", "one"), [("shared", "one"), ("cached2", "one"), ("single", "one of 2")])
+def test_two_processes_that_gather_match_one_with_the_whole_batch(one_process, two_processes, out, one):
     made = one_process
-    assert difference(weights_of(made, out), weights_of(made, "one")) < 1e-5
-    assert difference(weights_of(made, "one"), load_file(made / "encoder/model.safetensors")) > 1e-3
-    for ours, theirs in zip(log_of(made, out), log_of(made, "one"), strict=True):
+    assert 1 in [len(json.loads(line)["query_ids"]) for line in (made / "one.batches").read_text("utf-8").splitlines()]
+    assert difference(weights_of(made, out), weights_of(made, one)) < 1e-5
+    assert difference(weights_of(made, one), load_file(made / "encoder/model.safetensors")) > 1e-3
+    for ours, theirs in zip(log_of(made, out), log_of(made, one), strict=True):
         assert ours.get("lang") == theirs.get("lang") and ours.get("loss") == pytest.approx(theirs.get("loss"), abs=1e-5)
 
 

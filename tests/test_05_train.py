@@ -241,6 +241,17 @@ def test_cached_gradients_give_the_same_weights(one_process):
     assert difference(weights_of(one_process, "cached"), weights_of(one_process, "one")) < 1e-5
 
 
+def test_cached_gradients_repeat_the_dropout_of_each_chunk(made):
+    encoder = stage.Encoder(str(made / "dropout"), "cpu")
+    ids = encoder.tokenize([" ".join(text.split()[:n]) for text in TEXTS.values() for n in (2, 5, 9)], "passage")
+    gradients = []
+    for chunk_tokens, seed in ((None, 5), (len(ids) * max(map(len, ids)) // 4, 5), (None, 6)):  # the same chunks, which None makes too
+        encoder.model.train().zero_grad()
+        stage.backward(encoder, ids, lambda v: (v[:4] @ v[4:].T).square().sum(), chunk_tokens, seed)
+        gradients.append(torch.cat([p.grad.flatten() for p in encoder.model.parameters() if p.grad is not None]))
+    assert (gradients[0] - gradients[1]).abs().max() < 1e-5 < 1e-2 < (gradients[0] - gradients[2]).abs().max()
+
+
 @pytest.mark.parametrize("weighting, weight_on, flags", [
     *((weighting, on, ["--short-batch", "shrink"]) for weighting in ("inverse", "proportional", "uniform", "none") for on in ("loss", "negatives")),
     ("inverse", "loss", ["--short-batch", "reuse"]), ("inverse", "negatives", ["--short-batch", "shrink", "--chunk-tokens", 60])], ids=str)

@@ -158,6 +158,15 @@ def test_batches_of_minimiracl_proportions_and_a_tiny_language(tmp_path):
     assert max(steps.values()) - min(steps.values()) <= 1
 
 
+def test_queries_of_a_language_are_used_equally_often(tmp_path):
+    """What could not be used in a pass, since its positive was in the batch already, comes first in the next."""
+    records = small({"sw": 49, "te": 31}, shared=[("sw", i, i + 1) for i in range(0, 18, 3)])
+    uses = Counter((x["lang"], q) for x in plan(tmp_path, records, "--epochs", 60) for q in x["query_ids"])
+    for lang in ("sw", "te"):
+        of_lang = [uses[r["lang"], r["query_id"]] for r in records if r["lang"] == lang]
+        assert max(of_lang) - min(of_lang) <= 2
+
+
 def test_reuse_shrink_and_merge(tmp_path):
     records = small({"ko": 30, "ja": 40, "th": 7})
     for r in records:

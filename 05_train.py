@@ -47,8 +47,8 @@ def build_parser():
     parser.add_argument("--batch-size", type=positive_int, default=24, help="queries a step and process (Sec. 4.1)")
     parser.add_argument("--negatives", type=positive_int, default=7, help="hard negatives a query and step, a different choice each time (Sec. 4.1)")
     parser.add_argument("--lr", type=positive_float, default=2e-6, help="highest learning rate (Sec. 4.1: 2e-6 for BGE-M3 and mE5, 3e-6 for mBERT and mDPR)")
-    parser.add_argument("--weight-decay", type=float, default=0.0, help="above 0 makes AdamW of Adam (Sec. 4.1: Adam)")
-    parser.add_argument("--warmup", type=float, default=0.1, help="share of the steps with rising learning rate, 0 to 1; then it falls linearly to 0")
+    parser.add_argument("--weight-decay", type=zero_to_one, default=0.0, help="above 0 makes AdamW of Adam (Sec. 4.1: Adam)")
+    parser.add_argument("--warmup", type=zero_to_one, default=0.1, help="share of the steps with rising learning rate, 0 to 1; then it falls linearly to 0")
     parser.add_argument("--temperature", type=positive_float, help="tau; default: 0.01 for E5 models, else 0.02, their makers' values (the paper gives none)")
     parser.add_argument("--query-max-len", type=positive_int, default=64, help="tokens of a query that are read (Sec. 4.1)")
     parser.add_argument("--passage-max-len", type=positive_int, default=256, help="tokens of a passage that are read (Sec. 4.1)")
@@ -71,7 +71,7 @@ def build_parser():
     parser.add_argument("--chunk-tokens", type=positive_int, metavar="T",
                         help="cache gradients: T tokens, padding included, in memory at a time; the same gradients, a third more time")
     parser.add_argument("--bf16", action="store_true", help="bf16 autocast on a CPU too: 2-3 times as fast where it knows bf16; CUDA always has it")
-    parser.add_argument("--dev-share", type=float, default=0.1, help="share of each language's queries held out for validation (Sec. 4.1)")
+    parser.add_argument("--dev-share", type=zero_to_one, default=0.1, help="share of each language's queries held out for validation (Sec. 4.1)")
     parser.add_argument("--patience", type=positive_int, metavar="E", help="stop when E epochs in a row brought no better dev score")
     parser.add_argument("--log-batches", metavar="FILE", help="write each batch as a line: step, lang, query_ids, topics (and langs, where it mixes some)")
     parser.add_argument("--export", choices=["flagembedding", "sentence-transformers"],
@@ -89,6 +89,15 @@ def positive_float(text):
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(f"got {text!r}, want a number above 0")
+
+
+def zero_to_one(text):
+    try:
+        if 0 <= float(text) <= 1:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"got {text!r}, want a number from 0 to 1")
 
 
 # --------------------------------------------------------------------------- data: compact arrays and offsets, never the texts

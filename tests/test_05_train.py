@@ -337,7 +337,8 @@ def test_bad_encoders_and_flags_are_one_line(made, capsys):
     (made / "no encoder").mkdir()
     assert "no tokenizer" in one_line(capsys, arguments(made, "bad", encoder="no encoder"))
     assert "trains nothing; name a file with --log-batches" in one_line(capsys, arguments(made, "bad", "--max-steps", 0))
-    for flags in (["--temperature", 0], ["--lr", "nan"], ["--alpha", -1], ["--max-steps", -1]):
+    for flags in (["--temperature", 0], ["--lr", "nan"], ["--alpha", -1], ["--max-steps", -1], ["--warmup", 1.5], ["--dev-share", -0.1],
+                  ["--weight-decay", "nan"]):
         with pytest.raises(SystemExit) as end:
             stage.main(arguments(made, "bad", *flags))
         assert end.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1

@@ -146,6 +146,57 @@ def test_the_checkpoint_does_not_grow(made):
     assert len(sizes) > 9 and max(sizes) - sizes[4] < 512  # the optimiser's moments come with the first step
 
 
+def by_formula(made, batches, weighting, weight_on, size=None):
+    """(loss, gradient norm) of the mean over batches of --log-batches, from the files alone and in float64: the model of
+    transformers, one text at a time. size: queries to divide by, where not those of the batch."""
+    from transformers import AutoModel, AutoTokenizer
+    records = [json.loads(line) for line in (made / "topics.jsonl").read_text("utf-8").splitlines()]
+
+    def share(record, key):
+        return sum(r[key] == record[key] for r in records) / len(records)
+
+    def g(record, key):
+        of = {"inverse": lambda p: 1 / p, "proportional": lambda p: p, "uniform": lambda p: 1.0}[weighting]
+        return of(share(record, key)) / (sum(of(share(r, key)) for r in records) / len(records))
+
+    model, tokenizer = AutoModel.from_pretrained(made / "encoder", dtype=torch.float64), AutoTokenizer.from_pretrained(made / "encoder")
+
+    def vector(text):
+        hidden = model(torch.tensor([tokenizer(text)["input_ids"]])).last_hidden_state[0].mean(0)
+        return hidden / hidden.norm()
+
+    total = 0
+    for batch in batches:
+        chosen = [next(r for r in records if (r["lang"], r["query_id"]) == (batch["lang"], q)) for q in batch["query_ids"]]
+        brought = [(r["query_id"], p["docid"], vector(p["title"] + "\n" + p["text"])) for r in chosen for p in r["positive_passages"] + r["negative_passages"]]
+        for record in chosen:
+            weight, query = 1.0 if weighting == "none" else 0.45 * g(record, "lang") + 0.40 * g(record, "topic"), vector(record["query"])
+            positive, relevant = record["positive_passages"][0]["docid"], {p["docid"] for p in record["positive_passages"] + record["false_negatives"]}
+            e = {(whose, docid): (query @ v / 0.1).exp() for whose, docid, v in brought}
+            above = e[record["query_id"], positive]
+            below = sum(value for (_, docid), value in e.items() if docid not in relevant)
+            if weight_on == "negatives":
+                loss = -(above / (above + weight * below)).log()
+            else:
+                loss = -weight * (above / (above + below)).log()
+            total = total + loss / (size or len(chosen)) / len(batches)
+    total.backward()
+    return total.item(), (sum((p.grad ** 2).sum() for p in model.parameters() if p.grad is not None) ** 0.5).item()
+
+
+@pytest.mark.parametrize("weighting, weight_on, flags", [
+    *((weighting, on, ["--short-batch", "shrink"]) for weighting in ("inverse", "proportional", "uniform", "none") for on in ("loss", "negatives")),
+    ("inverse", "loss", ["--short-batch", "reuse"]), ("inverse", "negatives", ["--short-batch", "shrink", "--chunk-tokens", 60])], ids=str)
+def test_the_loop_s_loss_and_gradient_are_those_of_the_formula(made, weighting, weight_on, flags):
+    out = "formula" + weighting + weight_on + "".join(map(str, flags))
+    stage.main(arguments(made, out, "--max-steps", 1, "--batch-size", 24, "--negatives", 5, "--dev-share", 0, "--weighting", weighting,
+                         "--weight-on", weight_on, "--log-batches", made / f"{out}.batches", *flags))
+    batch = json.loads((made / f"{out}.batches").read_text("utf-8").splitlines()[0])
+    assert len(batch["query_ids"]) == {"th": 17, "ko": 19, "fa": 11, "sw": 5}[batch["lang"]]
+    loss, norm = by_formula(made, [batch], weighting, weight_on, 24 if "shrink" in flags else None)
+    assert log_of(made, out)[0]["loss"] == pytest.approx(loss, rel=1e-5) and log_of(made, out)[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
 GATHERED = """
 import sys
 sys.path[:0] = [{tests!r}]
@@ -207,7 +258,7 @@ def two_processes(made):
     """Under one torchrun: the gradients of uneven shares by the formula, and four trainings in two processes."""
     runs = [arguments(made, "shared", "--gather"), arguments(made, "cached2", "--gather", "--chunk-tokens", 60),
             arguments(made, "single", "--gather", "--batch-size", 1, *SINGLE),
-            arguments(made, "apart", "--log-batches", made / "apart.batches")]
+            arguments(made, "apart", "--negatives", 5, "--dev-share", 0, "--log-batches", made / "apart.batches")]
     (made / "two.py").write_text(GATHERED.format(tests=str(ROOT / "tests"), runs=runs), "utf-8")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(made / "two.py")],
                           capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -234,6 +285,8 @@ def test_two_processes_without_gather_take_different_batches_of_one_language_eac
         assert a["step"] == b["step"] == step and (a["lang"], a["query_ids"]) != (b["lang"], b["query_ids"])
         assert all((line["lang"], q) in keys for line in (a, b) for q in line["query_ids"])
         assert log[step - 1]["lang"] == f"{a['lang']} {b['lang']}"
+    loss, norm = by_formula(made, lines[:2], "inverse", "loss")  # the mean of the two
+    assert log[0]["loss"] == pytest.approx(loss, rel=1e-5) and log[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
 def test_cached_gradients_give_the_same_weights(one_process):
@@ -250,51 +303,6 @@ def test_cached_gradients_repeat_the_dropout_of_each_chunk(made):
         stage.backward(encoder, ids, lambda v: (v[:4] @ v[4:].T).square().sum(), chunk_tokens, seed)
         gradients.append(torch.cat([p.grad.flatten() for p in encoder.model.parameters() if p.grad is not None]))
     assert (gradients[0] - gradients[1]).abs().max() < 1e-5 < 1e-2 < (gradients[0] - gradients[2]).abs().max()
-
-
-@pytest.mark.parametrize("weighting, weight_on, flags", [
-    *((weighting, on, ["--short-batch", "shrink"]) for weighting in ("inverse", "proportional", "uniform", "none") for on in ("loss", "negatives")),
-    ("inverse", "loss", ["--short-batch", "reuse"]), ("inverse", "negatives", ["--short-batch", "shrink", "--chunk-tokens", 60])], ids=str)
-def test_the_loop_s_loss_and_gradient_are_those_of_the_formula(made, weighting, weight_on, flags):
-    """The first step of a run, from the files alone and in float64: the model of transformers, one text at a time."""
-    from transformers import AutoModel, AutoTokenizer
-    out = "formula" + weighting + weight_on + "".join(map(str, flags))
-    stage.main(arguments(made, out, "--max-steps", 1, "--batch-size", 24, "--negatives", 5, "--dev-share", 0, "--weighting", weighting,
-                         "--weight-on", weight_on, "--log-batches", made / f"{out}.batches", *flags))
-    logged, batch = log_of(made, out)[0], json.loads((made / f"{out}.batches").read_text("utf-8").splitlines()[0])
-    records = [json.loads(line) for line in (made / "topics.jsonl").read_text("utf-8").splitlines()]
-
-    def share(record, key):
-        return sum(r[key] == record[key] for r in records) / len(records)
-
-    def g(record, key):
-        of = {"inverse": lambda p: 1 / p, "proportional": lambda p: p, "uniform": lambda p: 1.0}[weighting]
-        return of(share(record, key)) / (sum(of(share(r, key)) for r in records) / len(records))
-
-    model, tokenizer = AutoModel.from_pretrained(made / "encoder", dtype=torch.float64), AutoTokenizer.from_pretrained(made / "encoder")
-
-    def vector(text):
-        hidden = model(torch.tensor([tokenizer(text)["input_ids"]])).last_hidden_state[0].mean(0)
-        return hidden / hidden.norm()
-
-    chosen = [next(r for r in records if (r["lang"], r["query_id"]) == (batch["lang"], q)) for q in batch["query_ids"]]
-    brought = [(r["query_id"], p["docid"], vector(p["title"] + "\n" + p["text"])) for r in chosen for p in r["positive_passages"] + r["negative_passages"]]
-    loss = 0
-    for record in chosen:
-        weight, query = 1.0 if weighting == "none" else 0.45 * g(record, "lang") + 0.40 * g(record, "topic"), vector(record["query"])
-        positive, relevant = record["positive_passages"][0]["docid"], {p["docid"] for p in record["positive_passages"] + record["false_negatives"]}
-        e = {(whose, docid): (query @ v / 0.1).exp() for whose, docid, v in brought}
-        above = e[record["query_id"], positive]
-        below = sum(value for (_, docid), value in e.items() if docid not in relevant)
-        if weight_on == "negatives":
-            loss = loss - (above / (above + weight * below)).log()
-        else:
-            loss = loss - weight * (above / (above + below)).log()
-    assert len(chosen) == {"th": 17, "ko": 19, "fa": 11, "sw": 5}[batch["lang"]]
-    loss = loss / (24 if "shrink" in flags else len(chosen))
-    loss.backward()
-    norm = sum((p.grad ** 2).sum() for p in model.parameters() if p.grad is not None) ** 0.5
-    assert logged["loss"] == pytest.approx(loss.item(), rel=1e-5) and logged["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
 
 
 def one_line(capsys, args):

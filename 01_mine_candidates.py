@@ -160,7 +160,7 @@ def summarise(records, rankings, kept, depth):
     for name, ranking in rankings.items():
         ranks = [found.index(d) + 1 for found, wanted in zip(ranking, positives) for d in wanted if d in found]
         row[f"{name} recall@{depth} of positives"] = round(sum(r <= depth for r in ranks) / sum(map(len, positives)), 3)
-        row[f"{name} mean rank"] = round(sum(ranks) / len(ranks), 1) if ranks else None
+        row[f"{name} mean rank of positives found"] = round(sum(ranks) / len(ranks), 1) if ranks else None
         if any(human):
             found_human = sum(len(wanted & set(found[:depth])) for found, wanted in zip(ranking, human))
             row[f"{name} recall@{depth} of judged negatives"] = round(found_human / sum(map(len, human)), 3)

@@ -27,8 +27,8 @@ from itertools import islice
 from pathlib import Path
 
 # before torch: it sets OMP_WAIT_POLICY, which torch reads when it loads
-from common import (DataError, Encoder, Output, Parser, atomic, dump, keep_blocks, open_text, parse_query, passage_text, positive_int, progress,
-                    run, say)
+from common import (DataError, Encoder, Output, Parser, atomic, dump, keep_blocks, normalise, open_text, parse_query, passage_text, positive_int,
+                    progress, run, say)
 
 import numpy as np  # isort: skip
 import torch  # isort: skip
@@ -47,8 +47,8 @@ def build_parser():
     parser.add_argument("--batch-size", type=positive_int, default=24, help="queries a step and process (Sec. 4.1)")
     parser.add_argument("--negatives", type=positive_int, default=7, help="hard negatives a query and step, a different choice each time (Sec. 4.1)")
     parser.add_argument("--lr", type=positive_float, default=2e-6, help="highest learning rate (Sec. 4.1: 2e-6 for BGE-M3 and mE5, 3e-6 for mBERT and mDPR)")
-    parser.add_argument("--weight-decay", type=float, default=0.0, help="above 0 makes AdamW of Adam (Sec. 4.1: Adam)")
-    parser.add_argument("--warmup", type=float, default=0.1, help="share of the steps with rising learning rate, 0 to 1; then it falls linearly to 0")
+    parser.add_argument("--weight-decay", type=zero_to_one, default=0.0, help="above 0 makes AdamW of Adam (Sec. 4.1: Adam)")
+    parser.add_argument("--warmup", type=zero_to_one, default=0.1, help="share of the steps with rising learning rate, 0 to 1; then it falls linearly to 0")
     parser.add_argument("--temperature", type=positive_float, help="tau; default: 0.01 for E5 models, else 0.02, their makers' values (the paper gives none)")
     parser.add_argument("--query-max-len", type=positive_int, default=64, help="tokens of a query that are read (Sec. 4.1)")
     parser.add_argument("--passage-max-len", type=positive_int, default=256, help="tokens of a passage that are read (Sec. 4.1)")
@@ -71,7 +71,7 @@ def build_parser():
     parser.add_argument("--chunk-tokens", type=positive_int, metavar="T",
                         help="cache gradients: T tokens, padding included, in memory at a time; the same gradients, a third more time")
     parser.add_argument("--bf16", action="store_true", help="bf16 autocast on a CPU too: 2-3 times as fast where it knows bf16; CUDA always has it")
-    parser.add_argument("--dev-share", type=float, default=0.1, help="share of each language's queries held out for validation (Sec. 4.1)")
+    parser.add_argument("--dev-share", type=zero_to_one, default=0.1, help="share of each language's queries held out for validation (Sec. 4.1)")
     parser.add_argument("--patience", type=positive_int, metavar="E", help="stop when E epochs in a row brought no better dev score")
     parser.add_argument("--log-batches", metavar="FILE", help="write each batch as a line: step, lang, query_ids, topics (and langs, where it mixes some)")
     parser.add_argument("--export", choices=["flagembedding", "sentence-transformers"],
@@ -89,6 +89,15 @@ def positive_float(text):
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(f"got {text!r}, want a number above 0")
+
+
+def zero_to_one(text):
+    try:
+        if 0 <= float(text) <= 1:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"got {text!r}, want a number from 0 to 1")
 
 
 # --------------------------------------------------------------------------- data: compact arrays and offsets, never the texts
@@ -320,19 +329,24 @@ def collate(records, visits, args):
     """The texts of a batch and who is whose: (queries, passages, target, masked) for N records, M = N (1 + negatives).
 
     target (N,) is the row of each query's positive, its negatives follow it; masked (N, M) is True where a passage is
-    relevant to the query, be it another of its positives or a known false negative, whoever brought it.
+    relevant to the query, be it another of its positives or a known false negative, whoever brought it: by docid, or by
+    text, since a corpus may hold one text under two docids.
     """
-    queries, texts, keys, target = [], [], [], []
+    def names(record, passages):
+        """By what passages are known again: [(language and docid, text)]."""
+        return [((record["lang"], p["docid"]), normalise(p["text"])) for p in passages]
+
+    queries, texts, known, target = [], [], [], []
     for record, visit in zip(records, visits):
         positive, negatives = choose(record, visit, args)
         target.append(len(texts))
         queries.append(record["query"])
         texts += [passage_text(p) for p in (positive, *negatives)]
-        keys += [(record["lang"], p["docid"]) for p in (positive, *negatives)]
+        known += names(record, (positive, *negatives))
     masked = torch.zeros(len(records), len(texts), dtype=torch.bool)
     for q, record in enumerate(records):
-        relevant = {(record["lang"], p["docid"]) for key in ("positive_passages", "false_negatives") for p in record.get(key, [])}
-        masked[q] = torch.tensor([key in relevant for key in keys])
+        relevant = {name for key in ("positive_passages", "false_negatives") for both in names(record, record.get(key, [])) for name in both}
+        masked[q] = torch.tensor([docid in relevant or text in relevant for docid, text in known])
         masked[q, target[q]] = False
     return queries, texts, torch.tensor(target), masked
 
@@ -579,7 +593,7 @@ def train(args, encoder, queries, rank, world, log_path, checkpoint):
         bar.set_postfix(loss=f"{loss:.3f}", lang=lang, refresh=False)
         if by_lang or step == n_steps:
             model.eval()
-            state["dev"] = dev = validate(encoder, queries, dev_ids, args, rank, world)
+            dev = validate(encoder, queries, dev_ids, args, rank, world)
             score = sum(v["mrr@10"] for v in dev.values()) / len(dev) if dev else step
             warnings = collapse_warnings(by_lang, dev, state["best_dev"])
             lines.append({"step": step, "epoch": round(step / per_epoch, 3), "dev_mrr@10": round(score, 4) if dev else None, "dev": dev, "by_lang": by_lang,
@@ -587,7 +601,7 @@ def train(args, encoder, queries, rank, world, log_path, checkpoint):
             state |= {"loss": {}, "without_gain": state["without_gain"] + 1,
                       "best_dev": {lang: max(v["mrr@10"], state["best_dev"].get(lang, 0)) for lang, v in dev.items()}}
             if score > state["best"]:
-                state |= {"best": score, "without_gain": 0}
+                state |= {"best": score, "without_gain": 0, "dev": dev}
             if not rank:
                 for warning in warnings:
                     say(f"warning: epoch {step / per_epoch:g}: {warning}")
@@ -614,7 +628,7 @@ def train(args, encoder, queries, rank, world, log_path, checkpoint):
 def main(argv=None):
     args = build_parser().parse_args(argv)
     if args.temperature is None:
-        args.temperature = 0.01 if "e5" in args.encoder.lower() else 0.02
+        args.temperature = 0.01 if "e5" in Path(args.encoder).name.lower() else 0.02
     rank, args.processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     output = Output(args, [args.input], [args.encoder])
     if args.max_steps == 0:
@@ -637,6 +651,7 @@ def main(argv=None):
             torch.cuda.set_device(args.device)
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     encoder = Encoder(args.encoder, args.device, args.query_max_len, args.passage_max_len)
+    encoder.normalise = True  # the loss is of cosines whatever the maker used, so validation is, and the saved model too
     if not rank:
         if args.overwrite:
             shutil.rmtree(checkpoint.parent, ignore_errors=True)
@@ -653,7 +668,8 @@ def main(argv=None):
             encoder.save(folder)
             plot(log_path, folder / "loss.png")
             (folder / "README.md").write_text(model_card(args, encoder, counts, output.meta), "utf-8")
-        output.finish(**counts)
+            shutil.rmtree(args.out, ignore_errors=True)  # at no moment does a folder lie beside the meta of another
+            output.finish(**counts)
         shutil.rmtree(checkpoint.parent)
     if args.processes > 1:
         dist.destroy_process_group()
@@ -661,14 +677,12 @@ def main(argv=None):
 
 @contextlib.contextmanager
 def atomic_folder(path):
-    """Like `atomic`, for a folder."""
+    """Like `atomic`, for a folder that is not there when the block ends."""
     target = Path(path)
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     yield temporary
-    if target.exists():
-        shutil.rmtree(target)
     temporary.rename(target)
 
 
@@ -713,7 +727,7 @@ monolingual multi-topic batches and a weighted contrastive loss.
 - score: mean MRR@10 of the best epoch on held-out queries {counts["best_dev_mrr@10"]} (a small pool; evaluate with 06_eval.py)
 - {encoder.pooling} pooling, cosine similarity, prefixes {encoder.prefix["query"]!r} (query) and {encoder.prefix["passage"]!r} (passage, which is title, line break, text)
 
-| language | training queries | MRR@10 on held-out queries, last epoch |
+| language | training queries | MRR@10 on held-out queries |
 |---|---|---|
 {table}
 

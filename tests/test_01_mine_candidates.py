@@ -77,6 +77,9 @@ def test_candidates_come_best_first_without_positives_or_their_text_and_ties_by_
     found = mined(run_mine(words, tmp_path))
     assert [d for d, _ in found] == ["1#1", "3#10", "3#2", "6#0", "4#0", "5#0"]  # "3#10" < "3#2" as bytes
     assert all(abs(score - COSINE[docid]) < 1e-3 for docid, score in found)
+    one = read(words / "data/train.jsonl")[0]
+    write(tmp_path / "one.jsonl", [one | {"positive_passages": [passage("elsewhere", "\uff21\u3000B\nc d")]}])  # full-width A and space
+    assert mined(run_mine(words, tmp_path, queries=tmp_path / "one.jsonl")) == found  # neither "1#0" nor "2#0", though not labelled here
 
 
 def test_each_strategy_keeps_what_its_definition_says(words, tmp_path):
@@ -89,6 +92,9 @@ def test_each_strategy_keeps_what_its_definition_says(words, tmp_path):
     assert docids("--strategy", "margin") == ["1#1", "3#10", "3#2", "6#0", "4#0", "5#0"]    # < 1 - 0.15
     assert docids("--strategy", "margin", "--margin", 0.4) == ["3#10", "3#2", "6#0", "4#0", "5#0"]
     assert docids("--strategy", "percent", "--percent", 0.4) == ["4#0", "5#0"]              # < 0.4
+    assert docids("--strategy", "percent")[0] == "1#1" and docids("--strategy", "percent", "--percent", 0.75)[0] == "3#10"
+    defaults = vars(load_stage("01_mine_candidates").build_parser().parse_args("--data x --retrievers x --out x".split()))
+    assert [defaults[k] for k in ("depth", "shift", "max_score", "margin", "percent")] == [40, 10, 0.6, 0.15, 0.9]  # the paper's
     two = read(words / "data/train.jsonl")[0]
     two["positive_passages"].append(passage("elsewhere", "b x y a"))                        # 0.5, and not in the corpus
     write(tmp_path / "two.jsonl", [two])
@@ -115,15 +121,32 @@ def test_each_method_flag_changes_the_output(words, tmp_path):
     assert mined(prefixed)[0][0] == "6#0"
     meta = json.loads((tmp_path / "out.jsonl.meta.json").read_text("utf-8"))
     assert meta["encoders"]["first"]["pooling"] == "mean" and meta["encoders"]["first"]["max_len"] == {"query": 64, "passage": 128}
+    first_word = {flag: mined(run_mine(words, tmp_path, flag, 1)) for flag in ("--query-max-len", "--passage-max-len")}
+    assert [d for d, _ in first_word["--query-max-len"]] == ["1#1", "3#10", "3#2", "4#0", "5#0", "6#0"]    # "a" is in the first four
+    assert [d for d, _ in first_word["--passage-max-len"]] == ["1#1", "3#10", "4#0", "6#0", "3#2", "5#0"]  # a, a, a, c, y, x
+    assert all(abs(dict(found)["1#1"] - .5) < 1e-3 and abs(dict(found)["5#0"]) < 1e-3 for found in first_word.values())
+    word_model(tmp_path / "a and b", ["a", "b"])
+    lexical = [{d for d, _ in mined(run_mine(words, tmp_path, *flags, retrievers=("bm25",)))} for flags in ([], ["--bm25-tokenizer", tmp_path / "a and b"])]
+    assert lexical == [{"1#1", "3#10", "3#2", "4#0", "6#0"}, {"1#1", "3#10", "3#2", "4#0"}]  # "6#0" has neither a nor b
 
 
 def test_the_summary_tells_what_each_retriever_finds(words, tmp_path):
     run_mine(words, tmp_path, "--depth", 7, "--fusion", "rrf", retrievers=("first", "bm25"))
     row = json.loads((tmp_path / "out.jsonl.meta.json").read_text("utf-8"))["counts"]["by_lang"]["en"]
     assert row["queries"] == 1 and row["candidates"] == 6
-    assert row["first recall@7 of positives"] == 1.0 and row["first mean rank"] == 1.0
+    assert row["first recall@7 of positives"] == 1.0 and row["first mean rank of positives found"] == 1.0
     assert row["first recall@7 of judged negatives"] == 1.0  # "4#0" comes seventh
-    assert 0 < row["overlap"] <= 1
+    assert row["overlap"] == 1.0  # the seven that have a word of the query
+    run_mine(words, tmp_path, "--depth", 5, "--fusion", "rrf", retrievers=("first", "bm25"))
+    row = json.loads((tmp_path / "out.jsonl.meta.json").read_text("utf-8"))["counts"]["by_lang"]["en"]
+    assert row["candidates"] == 5 and row["first recall@5 of judged negatives"] == 0.0
+    assert row["overlap"] == 0.667  # BM25 knows "2#0", whose letters are large, in place of "3#2": 4 of 6
+    two = read(words / "data/train.jsonl")[0]
+    two["positive_passages"] += [CORPUS[3], passage("elsewhere", "w w")]
+    write(tmp_path / "two.jsonl", [two])
+    run_mine(words, tmp_path, "--depth", 3, queries=tmp_path / "two.jsonl")
+    row = json.loads((tmp_path / "out.jsonl.meta.json").read_text("utf-8"))["counts"]["by_lang"]["en"]
+    assert row["first recall@3 of positives"] == 0.333 and row["first mean rank of positives found"] == 2.5  # first, fourth, not in the corpus
 
 
 def random_collection(folder, n_passages, n_queries, lang="en", seed=0):

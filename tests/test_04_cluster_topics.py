@@ -51,6 +51,13 @@ def theme(record):
     return record["positive_passages"][0]["text"].split()[0]
 
 
+def test_a_query_is_the_mean_of_all_its_positives():
+    records = [{"lang": "ko", "positive_passages": [{"docid": str(n), "title": "", "text": f"{theme} ko {n}"} for n, theme in enumerate(themes)]}
+               for themes in (["food"], ["river", "river", "river", "food"], ["river"])]
+    (langs, vectors), = stage.embed(records, StandInVectors(), None)
+    assert langs == ["ko"] * 3 and np.allclose(vectors[:, :3], [[0, 1, 3], [0.75, 0.25, 3], [1, 0, 3]], atol=1e-3)
+
+
 def test_languages_pull_topics_apart_and_centring_brings_themes_together(made, capsys):
     by_language = topics(made, "a.jsonl", "--topics", 3)
     assert len({(r["lang"], r["topic"]) for r in by_language}) == 3  # vectors cluster by language

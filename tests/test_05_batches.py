@@ -2,6 +2,7 @@
 import gzip
 import json
 import random
+from argparse import Namespace
 from collections import Counter, defaultdict
 
 import pytest
@@ -16,10 +17,11 @@ def write(path, records):
     return path
 
 
-def record(lang, query_id, topic, positives, query="질문 ๆ 🙂"):
-    texts = [{"docid": d, "title": "", "text": "ข้อความ"} for d in positives]
-    return {"query_id": query_id, "lang": lang, "query": query, "positive_passages": texts,
-            "negative_passages": [{"docid": f"n{n}", "title": "", "text": "metin"} for n in range(7)], "topic": topic}
+def record(lang, query_id, topic, positives, query="질문 ๆ 🙂", false_negatives=(), hard=()):
+    positives, negatives, false = ([{"docid": d, "title": "", "text": f"ข้อความ {d}"} for d in docids]
+                                   for docids in (positives, [*hard, *(f"n{n}" for n in range(7 - len(hard)))], false_negatives))
+    return {"query_id": query_id, "lang": lang, "query": query, "positive_passages": positives, "negative_passages": negatives,
+            "false_negatives": false, "topic": topic}
 
 
 def plan(tmp_path, records, *flags):
@@ -81,8 +83,28 @@ def check(lines, records, batch_size, reuse=True):
     return steps, uneven
 
 
+def check_masks(lines, records, every=10):
+    """In every tenth batch a passage is masked for just those of its queries that it is relevant to, whoever brought it."""
+    of, uses, n_masked = {(r["lang"], r["query_id"]): r for r in records}, Counter(), 0
+    for number, line in enumerate(lines):
+        keys = [(line["lang"], q) for q in line["query_ids"]]
+        if number % every == 0:
+            _, texts, target, masked = stage.collate([of[k] for k in keys], [uses[k] for k in keys], Namespace(seed=13, negatives=7))
+            docids = [text.split()[-1] for text in texts]
+            for key, own, row in zip(keys, target.tolist(), masked.tolist(), strict=True):
+                positives, false = ({p["docid"] for p in of[key][name]} for name in ("positive_passages", "false_negatives"))
+                assert docids[own] in positives
+                assert row == [at != own and docid in positives | false for at, docid in enumerate(docids)]
+                n_masked += sum(row)
+        uses.update(keys)
+    return n_masked
+
+
 def miracl(root):
-    """The training queries of a MIRACL folder with their real positives; stand-in texts, and topics of skewed size."""
+    """The training queries of a MIRACL folder with their real positives; stand-in texts, and topics of skewed size.
+
+    Twenty positives of each language are popular: three of them are hard negatives and three known false negatives of any query.
+    """
     records = []
     for folder in sorted(root.glob("miracl-v1.0-*")):
         lang, qrels, lines = folder.name[-2:], defaultdict(list), {}
@@ -93,11 +115,13 @@ def miracl(root):
         for query_id, _, docid, relevance in map(str.split, lines.get("qrels", [])):
             if relevance == "1":
                 qrels[query_id].append(docid)
+        popular = sorted({docids[0] for docids in qrels.values()})[:20]
         for query_id, query in (line.split("\t") for line in lines.get("topics", [])):
             # queries about one article have one topic, as clusters of positives would have it; sizes fall like 1/rank
             draw = random.Random(f"{lang}:{qrels[query_id][0].split('#')[0]}")
             topic = draw.choices(range(12), [1 / (t + 1) for t in range(12)])[0]
-            records.append(record(lang, query_id, topic, qrels[query_id], query))
+            found = draw.sample([d for d in popular if d not in qrels[query_id]], 6)
+            records.append(record(lang, query_id, topic, qrels[query_id], query, found[:3], found[3:]))
     return records
 
 
@@ -114,7 +138,9 @@ def test_batches_over_the_real_training_queries(tmp_path, root, n_queries, n_lan
     for start in range(0, len(lines), per_epoch):
         in_epoch = Counter(line["lang"] for line in lines[start:start + per_epoch])
         assert len(in_epoch) == n_langs and max(in_epoch.values()) - min(in_epoch.values()) <= 1
-    print(f"{len(records)} queries, {len(lines)} batches, {uneven} less even because of common positives")
+    n_masked = check_masks(lines, records)
+    assert n_masked > len(lines)
+    print(f"{len(records)} queries, {len(lines)} batches, {uneven} less even because of common positives, {n_masked} masked pairs in a tenth")
 
 
 def small(sizes, n_topics=3, shared=()):
@@ -130,6 +156,15 @@ def test_batches_of_minimiracl_proportions_and_a_tiny_language(tmp_path):
     records = small({"sw": 317, "te": 321, "zh": 145, "yo": 5}, shared=[("sw", i, i + 3) for i in range(0, 300, 6)])
     steps, _ = check(plan(tmp_path, records, "--epochs", 6), records, 24)
     assert max(steps.values()) - min(steps.values()) <= 1
+
+
+def test_queries_of_a_language_are_used_equally_often(tmp_path):
+    """What could not be used in a pass, since its positive was in the batch already, comes first in the next."""
+    records = small({"sw": 49, "te": 31}, shared=[("sw", i, i + 1) for i in range(0, 18, 3)])
+    uses = Counter((x["lang"], q) for x in plan(tmp_path, records, "--epochs", 60) for q in x["query_ids"])
+    for lang in ("sw", "te"):
+        of_lang = [uses[r["lang"], r["query_id"]] for r in records if r["lang"] == lang]
+        assert max(of_lang) - min(of_lang) <= 2
 
 
 def test_reuse_shrink_and_merge(tmp_path):

@@ -99,6 +99,18 @@ def test_a_masked_pair_has_no_gradient():
     assert passages.grad[keys.index("p0")].abs().max() == 0 < passages.grad[target[1]].abs().max()
 
 
+def test_a_passage_with_the_text_of_a_relevant_one_is_masked_whatever_its_docid_and_title():
+    records = batch()
+    records[0]["negative_passages"][0] = {"docid": "other", "title": "another title", "text": "MAANDISHI  p1 🙂"}  # q1's positive
+    records[2]["negative_passages"][0] = passage("p2") | {"docid": "again"}                                          # its own positive
+    records[3]["lang"], records[3]["positive_passages"][0]["text"] = "th", records[1]["positive_passages"][0]["text"]
+    _, texts, _, masked = stage.collate(records, [0] * 4, Namespace(seed=13, negatives=3))
+    other = texts.index("another title\nMAANDISHI  p1 🙂")
+    again = next(row for row in (9, 10, 11) if texts[row] == texts[8])
+    before = stage.collate(batch(), [0] * 4, Namespace(seed=13, negatives=3))[3]
+    assert torch.nonzero(masked & ~before).tolist() == sorted([[1, other], [1, 12], [2, again], [3, 4], [3, other]])
+
+
 def test_negatives_rotate_and_all_are_used_before_one_repeats():
     record = {"query_id": "7", "lang": "th", "positive_passages": [passage("p0"), passage("p1")],
               "negative_passages": [passage(f"n{j}") for j in range(30)]}

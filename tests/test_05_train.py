@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, load_stage
 from safetensors.torch import load_file
+from tiny_models import sentence_transformers_files
 
 stage = load_stage("05_train")
 TEXTS = {"th": "กรุงเทพ เป็น เมืองหลวง ของ ไทย แม่น้ำ เจ้าพระยา วัด ช้าง ข้าว ทะเล", "ko": "서울 대한민국 수도 한강 강 산 바다 도시 음식 김치",
@@ -106,6 +108,27 @@ def test_killed_at_ten_random_steps_it_ends_in_the_same_weights_and_log(whole):
     assert not (made / "killed.checkpoint").exists()
 
 
+@pytest.mark.parametrize("place", [(stage.Output, "finish"), (stage.Path, "rename")], ids=["meta", "folder"])
+def test_killed_while_the_model_is_put_in_place_it_is_put_there_again(made, monkeypatch, place):
+    out = f"placed.{place[1]}"
+    first, second = (arguments(made, out, "--max-steps", 2, "--lr", lr) for lr in ("3e-4", "3e-3"))
+    stage.main(first)
+    before = weights_of(made, out)
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt  # nothing after it is done, as with SIGKILL
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*place, killed)
+        with pytest.raises(KeyboardInterrupt):
+            stage.main(second)
+    with pytest.raises(stage.DataError, match="of another run"):  # and not "is up to date"
+        stage.main(first)
+    stage.main(second)
+    assert difference(weights_of(made, out), before) > 0
+    assert json.loads((made / f"{out}.meta.json").read_text("utf-8"))["arguments"]["lr"] == 3e-3
+
+
 def test_the_checkpoint_does_not_grow(made):
     sizes = []
     real = stage.torch.save
@@ -121,6 +144,57 @@ def test_the_checkpoint_does_not_grow(made):
     finally:
         stage.torch.save = real
     assert len(sizes) > 9 and max(sizes) - sizes[4] < 512  # the optimiser's moments come with the first step
+
+
+def by_formula(made, batches, weighting, weight_on, size=None):
+    """(loss, gradient norm) of the mean over batches of --log-batches, from the files alone and in float64: the model of
+    transformers, one text at a time. size: queries to divide by, where not those of the batch."""
+    from transformers import AutoModel, AutoTokenizer
+    records = [json.loads(line) for line in (made / "topics.jsonl").read_text("utf-8").splitlines()]
+
+    def share(record, key):
+        return sum(r[key] == record[key] for r in records) / len(records)
+
+    def g(record, key):
+        of = {"inverse": lambda p: 1 / p, "proportional": lambda p: p, "uniform": lambda p: 1.0}[weighting]
+        return of(share(record, key)) / (sum(of(share(r, key)) for r in records) / len(records))
+
+    model, tokenizer = AutoModel.from_pretrained(made / "encoder", dtype=torch.float64), AutoTokenizer.from_pretrained(made / "encoder")
+
+    def vector(text):
+        hidden = model(torch.tensor([tokenizer(text)["input_ids"]])).last_hidden_state[0].mean(0)
+        return hidden / hidden.norm()
+
+    total = 0
+    for batch in batches:
+        chosen = [next(r for r in records if (r["lang"], r["query_id"]) == (batch["lang"], q)) for q in batch["query_ids"]]
+        brought = [(r["query_id"], p["docid"], vector(p["title"] + "\n" + p["text"])) for r in chosen for p in r["positive_passages"] + r["negative_passages"]]
+        for record in chosen:
+            weight, query = 1.0 if weighting == "none" else 0.45 * g(record, "lang") + 0.40 * g(record, "topic"), vector(record["query"])
+            positive, relevant = record["positive_passages"][0]["docid"], {p["docid"] for p in record["positive_passages"] + record["false_negatives"]}
+            e = {(whose, docid): (query @ v / 0.1).exp() for whose, docid, v in brought}
+            above = e[record["query_id"], positive]
+            below = sum(value for (_, docid), value in e.items() if docid not in relevant)
+            if weight_on == "negatives":
+                loss = -(above / (above + weight * below)).log()
+            else:
+                loss = -weight * (above / (above + below)).log()
+            total = total + loss / (size or len(chosen)) / len(batches)
+    total.backward()
+    return total.item(), (sum((p.grad ** 2).sum() for p in model.parameters() if p.grad is not None) ** 0.5).item()
+
+
+@pytest.mark.parametrize("weighting, weight_on, flags", [
+    *((weighting, on, ["--short-batch", "shrink"]) for weighting in ("inverse", "proportional", "uniform", "none") for on in ("loss", "negatives")),
+    ("inverse", "loss", ["--short-batch", "reuse"]), ("inverse", "negatives", ["--short-batch", "shrink", "--chunk-tokens", 60])], ids=str)
+def test_the_loop_s_loss_and_gradient_are_those_of_the_formula(made, weighting, weight_on, flags):
+    out = "formula" + weighting + weight_on + "".join(map(str, flags))
+    stage.main(arguments(made, out, "--max-steps", 1, "--batch-size", 24, "--negatives", 5, "--dev-share", 0, "--weighting", weighting,
+                         "--weight-on", weight_on, "--log-batches", made / f"{out}.batches", *flags))
+    batch = json.loads((made / f"{out}.batches").read_text("utf-8").splitlines()[0])
+    assert len(batch["query_ids"]) == {"th": 17, "ko": 19, "fa": 11, "sw": 5}[batch["lang"]]
+    loss, norm = by_formula(made, [batch], weighting, weight_on, 24 if "shrink" in flags else None)
+    assert log_of(made, out)[0]["loss"] == pytest.approx(loss, rel=1e-5) and log_of(made, out)[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
 GATHERED = """
@@ -168,18 +242,23 @@ end()
 """
 
 
+SINGLE = ["--epochs", 1, "--dev-share", 0, "--short-batch", "shrink", "--weight-on", "negatives"]  # batches of one query: one of two processes has none
+
+
 @pytest.fixture(scope="module")
 def one_process(made):
-    """One process with the whole batch, four queries from each of two processes that share it."""
+    """One process with the whole batch, four queries (or one) from each of two processes that share it."""
     stage.main(arguments(made, "one", "--batch-size", 8))
+    stage.main(arguments(made, "one of 2", "--batch-size", 2, *SINGLE, "--log-batches", made / "one.batches"))
     return made
 
 
 @pytest.fixture(scope="module")
 def two_processes(made):
-    """Under one torchrun: the gradients of uneven shares by the formula, and three trainings in two processes."""
+    """Under one torchrun: the gradients of uneven shares by the formula, and four trainings in two processes."""
     runs = [arguments(made, "shared", "--gather"), arguments(made, "cached2", "--gather", "--chunk-tokens", 60),
-            arguments(made, "apart", "--log-batches", made / "apart.batches")]
+            arguments(made, "single", "--gather", "--batch-size", 1, *SINGLE),
+            arguments(made, "apart", "--negatives", 5, "--dev-share", 0, "--log-batches", made / "apart.batches")]
     (made / "two.py").write_text(GATHERED.format(tests=str(ROOT / "tests"), runs=runs), "utf-8")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(made / "two.py")],
                           capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -187,12 +266,13 @@ def two_processes(made):
     return made
 
 
-@pytest.mark.parametrize("out", ["shared", "cached2"])
-def test_two_processes_that_gather_match_one_with_the_whole_batch(one_process, two_processes, out):
+@pytest.mark.parametrize(("out", "one"), [("shared", "one"), ("cached2", "one"), ("single", "one of 2")])
+def test_two_processes_that_gather_match_one_with_the_whole_batch(one_process, two_processes, out, one):
     made = one_process
-    assert difference(weights_of(made, out), weights_of(made, "one")) < 1e-5
-    assert difference(weights_of(made, "one"), load_file(made / "encoder/model.safetensors")) > 1e-3
-    for ours, theirs in zip(log_of(made, out), log_of(made, "one"), strict=True):
+    assert 1 in [len(json.loads(line)["query_ids"]) for line in (made / "one.batches").read_text("utf-8").splitlines()]
+    assert difference(weights_of(made, out), weights_of(made, one)) < 1e-5
+    assert difference(weights_of(made, one), load_file(made / "encoder/model.safetensors")) > 1e-3
+    for ours, theirs in zip(log_of(made, out), log_of(made, one), strict=True):
         assert ours.get("lang") == theirs.get("lang") and ours.get("loss") == pytest.approx(theirs.get("loss"), abs=1e-5)
 
 
@@ -205,11 +285,24 @@ def test_two_processes_without_gather_take_different_batches_of_one_language_eac
         assert a["step"] == b["step"] == step and (a["lang"], a["query_ids"]) != (b["lang"], b["query_ids"])
         assert all((line["lang"], q) in keys for line in (a, b) for q in line["query_ids"])
         assert log[step - 1]["lang"] == f"{a['lang']} {b['lang']}"
+    loss, norm = by_formula(made, lines[:2], "inverse", "loss")  # the mean of the two
+    assert log[0]["loss"] == pytest.approx(loss, rel=1e-5) and log[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
 def test_cached_gradients_give_the_same_weights(one_process):
     stage.main(arguments(one_process, "cached", "--batch-size", 8, "--chunk-tokens", 60))
     assert difference(weights_of(one_process, "cached"), weights_of(one_process, "one")) < 1e-5
+
+
+def test_cached_gradients_repeat_the_dropout_of_each_chunk(made):
+    encoder = stage.Encoder(str(made / "dropout"), "cpu")
+    ids = encoder.tokenize([" ".join(text.split()[:n]) for text in TEXTS.values() for n in (2, 5, 9)], "passage")
+    gradients = []
+    for chunk_tokens, seed in ((None, 5), (len(ids) * max(map(len, ids)) // 4, 5), (None, 6)):  # the same chunks, which None makes too
+        encoder.model.train().zero_grad()
+        stage.backward(encoder, ids, lambda v: (v[:4] @ v[4:].T).square().sum(), chunk_tokens, seed)
+        gradients.append(torch.cat([p.grad.flatten() for p in encoder.model.parameters() if p.grad is not None]))
+    assert (gradients[0] - gradients[1]).abs().max() < 1e-5 < 1e-2 < (gradients[0] - gradients[2]).abs().max()
 
 
 def one_line(capsys, args):
@@ -234,13 +327,16 @@ def test_a_non_finite_loss_names_the_queries_and_keeps_the_last_good_checkpoint(
         line = one_line(capsys, arguments(made, "nan", "--save-every", 5))
     finally:
         stage.contrastive_loss = real
-    assert "step 9: loss nan" in line and "last good state is" in line and "lower --lr" in line
+    stage.main(arguments(made, "planned", "--max-steps", 0, "--log-batches", made / "nan.batches"))
+    batch = [json.loads(batch) for batch in (made / "nan.batches").read_text("utf-8").splitlines()][8]
+    assert "step 9: loss nan" in line and f"on the {batch['lang']} queries {' '.join(batch['query_ids'])};" in line
+    assert "last good state is" in line and "lower --lr" in line
     saved = torch.load(made / "nan.checkpoint/last.pt", weights_only=True)
     assert saved["state"]["step"] == 5 and all(torch.isfinite(v).all() for v in saved["model"].values())
     assert not (made / "nan").exists()
     # a checkpoint of another run is not gone on with
     line = one_line(capsys, arguments(made, "nan", "--temperature", 0.2))
-    assert "of another run (--temperature" in line and "--overwrite" in line
+    assert "of another run (--temperature differ" in line and "--overwrite" in line
     stage.main(arguments(made, "nan", "--temperature", 0.2, "--overwrite"))
     assert (made / "nan/model.safetensors").exists()
 
@@ -249,7 +345,8 @@ def test_bad_encoders_and_flags_are_one_line(made, capsys):
     (made / "no encoder").mkdir()
     assert "no tokenizer" in one_line(capsys, arguments(made, "bad", encoder="no encoder"))
     assert "trains nothing; name a file with --log-batches" in one_line(capsys, arguments(made, "bad", "--max-steps", 0))
-    for flags in (["--temperature", 0], ["--lr", "nan"], ["--alpha", -1], ["--max-steps", -1]):
+    for flags in (["--temperature", 0], ["--lr", "nan"], ["--alpha", -1], ["--max-steps", -1], ["--warmup", 1.5], ["--dev-share", -0.1],
+                  ["--weight-decay", "nan"]):
         with pytest.raises(SystemExit) as end:
             stage.main(arguments(made, "bad", *flags))
         assert end.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
@@ -274,8 +371,18 @@ def test_patience_stops_early_and_keeps_the_best_epoch(made):
     epochs = [line for line in log_of(made, "early") if "dev" in line]
     assert [line["dev_mrr@10"] for line in epochs] == [0.2, 0.6, 0.5, 0.4]
     assert difference(best, weights_of(made, "early")) == 0
+    assert "| th | 15 | 0.6 |" in (made / "early/README.md").read_text("utf-8")
     assert epochs[2]["warnings"] == [w for w in epochs[2]["warnings"] if "fell" in w or "fair share" in w]
     assert any(w.startswith("th: dev MRR@10 fell from 0.600 to 0.500") for w in epochs[2]["warnings"])
+
+
+def test_a_model_of_inner_products_is_trained_and_validated_by_cosines(made):
+    """As mDPR and mContriever are, whose vectors are not of unit length: the trained model's are."""
+    shutil.copytree(made / "encoder", made / "inner")
+    sentence_transformers_files(made / "inner", "mean", normalise=False)
+    for out, encoder in (("cosines", "encoder"), ("products", "inner")):
+        stage.main(arguments(made, out, "--max-steps", 3, encoder=encoder))
+    assert log_of(made, "products") == log_of(made, "cosines") and log_of(made, "cosines")[-1]["dev"]["th"]["loss"] < 3
 
 
 def test_the_log_counts_languages_and_warns_of_collapse(whole):
@@ -293,6 +400,15 @@ def test_the_log_counts_languages_and_warns_of_collapse(whole):
         assert set(line["dev"]) == {"fa", "ko", "sw", "th"} and set(line["loss_by_lang"]) <= set(line["by_lang"])
     warnings = stage.collapse_warnings({"sw": {"queries": 10}, "te": {"queries": 90}}, {"te": {"mrr@10": 0.4}}, {"te": 0.5})
     assert [w.split(":")[0] for w in warnings] == ["sw", "te"]
+
+
+def test_the_temperature_is_that_of_the_makers_by_the_model_s_own_name(made):
+    for name, temperature in (("e5 and others/tiny", 0.02), ("tiny-e5-small", 0.01)):
+        shutil.copytree(made / "encoder", made / name)
+        args = arguments(made, f"{name} trained", "--max-steps", 1, encoder=name)
+        at = args.index("--temperature")
+        stage.main(args[:at] + args[at + 2:])
+        assert f" temperature {temperature}," in (made / f"{name} trained/README.md").read_text("utf-8")
 
 
 def test_model_folder_has_a_card_and_a_picture(whole):

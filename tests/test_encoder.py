@@ -38,6 +38,18 @@ def test_vectors_equal_those_of_sentence_transformers(tmp_path, pooling, normali
         assert np.allclose(np.linalg.norm(a, axis=1), 1, atol=1e-4) == normalise
 
 
+@pytest.mark.parametrize(("name", "pooling", "normalise", "prompts"), [
+    ("multilingual-e5-large", "mean", True, PROMPTS), ("bge-m3", "cls", True, None), ("bert-base-multilingual-cased", "cls", True, None),
+    ("mdpr-tied-pft-msmarco", "cls", False, None), ("mcontriever-msmarco", "mean", False, None), ("gte-multilingual-base", "cls", True, None)])
+def test_a_folder_known_by_its_name_alone_gives_the_vectors_of_sentence_transformers(tmp_path, name, pooling, normalise, prompts):
+    from sentence_transformers import SentenceTransformer
+    ours = Encoder(random_bert(tmp_path / name, WORDS), "cpu")
+    random_bert(tmp_path / "theirs", WORDS)
+    theirs = SentenceTransformer(sentence_transformers_files(tmp_path / "theirs", pooling, normalise, prompts), device="cpu")
+    for kind, encode in (("query", theirs.encode_query), ("passage", theirs.encode_document)):
+        assert np.allclose(ours.encode(texts(20), kind), encode(texts(20)), atol=1e-4)
+
+
 def test_known_models_without_files_of_their_own_are_used_as_their_makers_do(tmp_path):
     for name, expected in {
             "intfloat/multilingual-e5-large": ("mean", "query: ", "passage: ", True, " "),

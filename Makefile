@@ -1,6 +1,7 @@
 # make all            the whole pipeline on the bundled sample: no key, no GPU, no network after the install; 3 minutes on two cores
 # make all DATA_SOURCE=miracl LANGS="sw te" RETRIEVERS="intfloat/multilingual-e5-large BAAI/bge-m3" FUSION=concat ENCODER=BAAI/bge-m3 LLM=NAME
 #                     the same on real data and models, with the server that OPENAI_BASE_URL and OPENAI_API_KEY name
+# make miracl         the paper's setting on full MIRACL: prints disk, GPU hours, calls, tokens, money, and stops; CONFIRM=1 starts it
 # make test           the tests (5 minutes on two cores)
 # make data | candidates | filtered | augmented | topics | model | eval     up to one stage
 # make ablations      the rows of the paper's tables on $(DATA) and $(RUN), three seeds; resumable, under two hours on two cores
@@ -8,6 +9,14 @@
 # make bench          memory and speed of mining, judging and training; half an hour on two cores
 # make sample         write sample/data and sample/truth again from the fact tables, to the same bytes
 # make clean          remove what `make all` made for $(DATA) and $(RUN); the cache of embeddings and answers stays
+
+ifneq ($(filter miracl,$(MAKECMDGOALS)),)  # the paper's setting where it is not the default; what the command line or the environment sets wins
+export DATA_SOURCE ?= miracl
+export LANGS ?= ar bn en es fa fi fr hi id ja ko ru sw te th zh
+export RETRIEVERS ?= intfloat/multilingual-e5-large BAAI/bge-m3
+export ENCODER ?= BAAI/bge-m3
+export LLM ?= meta-llama/Llama-3.1-70B-Instruct
+endif
 
 # Variables, each to be set on the command line:
 DATA_SOURCE ?= sample
@@ -43,6 +52,16 @@ SEED ?= 13
 # ^ seed of every random draw
 CACHE ?= cache
 # ^ embeddings and answers
+CONFIRM ?=
+# ^ make miracl: 1 starts the run
+PRICE_IN ?=
+# ^ make miracl: price of a million prompt tokens
+PRICE_OUT ?=
+# ^ make miracl: price of a million completion tokens
+GPU_PRICE ?=
+# ^ make miracl: price of a GPU hour
+PLAN ?=
+# ^ make miracl: more flags of bench/plan.py, as in PLAN="--utilisation 0.4"
 
 SMALL := $(filter models/$(NAME),$(ENCODER))
 # a small encoder from scratch wants other steps than a large pretrained one (whose defaults are the paper's)
@@ -52,7 +71,7 @@ PY := .venv/bin/python
 COMMON := --seed $(SEED) $(if $(LANGS),--lang $(LANGS))
 SERVED := $(PY) $(if $(filter offline-stand-in,$(LLM)),offline_llm.py --exec $(PY))
 
-.PHONY: all data encoder candidates filtered augmented topics model eval ablations judge-quality bench test sample clean help FORCE
+.PHONY: all miracl data encoder candidates filtered augmented topics model eval ablations judge-quality bench test sample clean help FORCE
 FORCE:
 
 # Every stage is started each time: it knows by the digests of its inputs, models and arguments whether it has work to do.
@@ -63,6 +82,13 @@ encoder: $(SMALL)
 candidates filtered augmented topics: %: $(RUN)/%.jsonl
 model: $(RUN)/model
 eval: $(RUN)/eval/metrics.json
+
+# Needs no .venv: the plan comes before anything is installed, downloaded or paid for.
+miracl:
+	@$(PYTHON) bench/plan.py $(if $(LANGS),--lang $(LANGS)) --retrievers $(RETRIEVERS) --encoder $(ENCODER) --llm $(LLM) \
+	    --depth $(DEPTH) --target $(N) --epochs $(EPOCHS) $(if $(DATA_ROOT),--root $(DATA_ROOT)) $(if $(PRICE_IN),--price-in $(PRICE_IN)) $(if $(PRICE_OUT),--price-out $(PRICE_OUT)) \
+	    $(if $(GPU_PRICE),--gpu-price $(GPU_PRICE)) $(PLAN) $(if $(filter 1,$(CONFIRM)),--confirmed)
+	$(if $(filter 1,$(CONFIRM)),@$(MAKE) all)
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'

@@ -280,10 +280,9 @@ class Output:
             + f" - {self.meta['seconds']} s, peak {self.meta['peak_memory_mb']} MB")
 
     def _write_meta(self, counts):
-        peak_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         versions = {p: version(p) for p in ("torch", "transformers", "openai", "numpy")} | {"python": sys.version.split()[0]}
         self.meta |= {"counts": counts, "versions": versions, "seconds": round(time.time() - self.started, 1),
-                      "peak_memory_mb": peak_kb // 1024}
+                      "peak_memory_mb": peak_mb()}
         with atomic(self.meta_path) as temporary:
             temporary.write_text(json.dumps(self.meta, ensure_ascii=False, indent=1, default=str) + "\n", "utf-8")
 
@@ -715,6 +714,13 @@ def resident_mb():
     """Memory of this process now, 0 where Linux's /proc is not there."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * resource.getpagesize() >> 20 if statm.exists() else 0
+
+
+def peak_mb():
+    """The most memory that this process has held; ru_maxrss alone may be that of the process that started it."""
+    status = Path("/proc/self/status")
+    own = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return (int(own[1]) if own else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) >> 10
 
 
 def find_tokenizer(folder):

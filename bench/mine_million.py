@@ -5,8 +5,8 @@ How     invented passages (sample/make_sample.py --scale), 1,000 queries, depth 
         included) from its .meta.json. "again" is a second run with another depth and strategy.
 Usage   python bench/mine_million.py --work runs/million [--sizes 250000 1000000] [--retrievers dense|bm25|both]
 Disk    about 1.2 GB under --work; remove it afterwards
-Measured  2 cores, partly busy: 250,000 dense 128 s, peak 1,118 MB, again 12 s, 616 MB; 1,000,000 dense 510 s, 1,436 MB,
-        again 27 s, 717 MB. The peak grows by 28% from one to the other: what encoding leaves in the heap adds to the search
+Measured  2 cores, busy with other work: 250,000 dense 123 s, peak 1,057 MB, again 10 s, 554 MB; 1,000,000 dense 473 s, 1,076 MB,
+        again 25 s, 580 MB. The peak grows by 2% from one to the other
 """
 import argparse
 import json

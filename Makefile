@@ -5,7 +5,7 @@
 # make test           the tests (5 minutes on two cores)
 # make data | candidates | filtered | augmented | topics | model | eval     up to one stage
 # make ablations      the rows of the paper's tables on $(DATA) and $(RUN), three seeds; resumable, under two hours on two cores
-# make judge-quality  how good must the judge be? a labelled simulation on the sample; resumable, an hour on two cores
+# make judge-quality  how good must the judge be? a labelled simulation on $(DATA); resumable, half an hour on two cores
 # make bench          memory and speed of mining, judging and training; half an hour on two cores
 # make sample         write sample/data and sample/truth again from the fact tables, to the same bytes
 # make clean          remove what `make all` made for $(DATA) and $(RUN); the cache of embeddings and answers stays
@@ -52,6 +52,8 @@ SEED ?= 13
 # ^ seed of every random draw
 CACHE ?= cache
 # ^ embeddings and answers
+JUDGE ?=
+# ^ make judge-quality: more flags of bench/judge_quality.py, as in JUDGE="--weak sw te"
 CONFIRM ?=
 # ^ make miracl: 1 starts the run
 PRICE_IN ?=
@@ -125,8 +127,9 @@ ablations: $(RUN)/topics.jsonl
 	$(PY) bench/ablations.py --data $(DATA) --run $(RUN) --encoder $(ENCODER) --retrievers $(RETRIEVERS) --fusion $(FUSION) --llm $(LLM) --target $(N) \
 		$(if $(LANGS),--lang $(LANGS)) $(if $(TRAIN),--train-flags="$(TRAIN)") --cache $(CACHE)
 
-judge-quality: .venv/installed
-	$(PY) bench/judge_quality.py --data data/sample --truth sample/truth --encoder models/sample --out results/judge-quality-sample
+judge-quality: $(DATA)/train.jsonl $(SMALL)
+	$(PY) bench/judge_quality.py --data $(DATA) $(if $(filter sample,$(DATA_SOURCE)),--truth sample/truth) --encoder $(ENCODER) \
+		$(if $(LANGS),--lang $(LANGS)) $(JUDGE) --out results/judge-quality-$(NAME)
 
 bench: .venv/installed
 	$(PY) bench/mine_million.py --work runs/million

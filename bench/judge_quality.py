@@ -10,10 +10,9 @@ How     Stages 01 and 04 once a seed, then 02, 05 and 06 for each judge. In plac
         as soon as it is there: a killed or stopped run (--minutes) goes on where it was when started again.
 Beside  `none`: nothing is removed; `stand-in`: offline_llm.py judges; `0`: a perfect judge; the encoder before training
 Writes  OUT.json (rows, summary, reading), OUT.png
-Usage   python bench/judge_quality.py --data data/sample --truth sample/truth --encoder models/sample --out results/judge-quality-sample
-        python bench/judge_quality.py --data data/minimiracl --lang sw te id ar zh --encoder models/minimiracl --depth 20 --errors 0 0.1 0.3 \\
-            --weak sw te --weak-error 0.4 --out results/judge-quality-minimiracl
-Cost    sample, two cores: about 80 s a judge, strictness and seed, estimated from the stages' own seconds, not yet measured
+Usage   make judge-quality
+        make judge-quality DATA_SOURCE=miracl DATA_ROOT=../shared/data/minimiracl LANGS="sw te id ar zh" JUDGE="--weak sw te"
+Cost    a row is a run of 02, 05 and 06 with one thread, --jobs at a time
 """
 import asyncio
 import hashlib
@@ -47,12 +46,12 @@ def build_parser():
     parser.add_argument("--truth", metavar="FOLDER", help="qrels of every relevant passage, <split>/<lang>.tsv; default: the positives in --data")
     parser.add_argument("--encoder", metavar="MODEL", help="where training starts")
     parser.add_argument("--lang", nargs="+", metavar="CODE", help="use only these languages")
-    parser.add_argument("--errors", nargs="+", type=float, default=[0, 0.05, 0.1, 0.2, 0.4], help="error rates of the judge, 0 to 1")
+    parser.add_argument("--errors", nargs="+", type=float, default=[0, 0.1, 0.2, 0.4], help="error rates of the judge, 0 to 1")
     parser.add_argument("--weak", nargs="+", metavar="CODE", default=[], help="languages in which the judge is worse")
     parser.add_argument("--weak-error", type=float, default=0.4, help="its error rate there; elsewhere it is the lowest of --errors above 0")
     parser.add_argument("--seeds", nargs="+", type=int, default=[13, 14, 15], help="of the kept positives, the errors and the training")
-    parser.add_argument("--depth", type=positive_int, default=40, help="candidates per query")
-    parser.add_argument("--epochs", type=positive_int, default=8, help="of training")
+    parser.add_argument("--depth", type=positive_int, default=20, help="candidates per query")
+    parser.add_argument("--epochs", type=positive_int, default=3, help="of training")
     parser.add_argument("--train-flags", nargs="+", metavar="FLAG", default=["lr=1e-3", "temperature=0.05"],
                         help="further flags of 05_train.py, as name=value")
     parser.add_argument("--jobs", type=positive_int, default=2, help="rows at a time, each with one thread")

@@ -559,7 +559,7 @@ class Encoder:
     """
 
     def __init__(self, name, device="auto", query_max_len=64, passage_max_len=256, settings=()):
-        self.name, self.device, self._fingerprint = short_name(name), pick_device(device), None
+        self.name, self.device = short_name(name), pick_device(device)
         self.folder = folder = model_folder(name)
         given = read_settings(settings, self.name)
         maker, limit = maker_settings(folder, self.name)
@@ -598,11 +598,15 @@ class Encoder:
         return {"pooling": self.pooling, "normalise": self.normalise, "prefix": self.prefix, "title_join": self.title_join,
                 "max_len": self.max_len}
 
-    def fingerprint(self):
-        """Digest of weights, tokenizer and settings: two models never share cached vectors, renamed ones do."""
-        if not self._fingerprint:
-            self._fingerprint = hashlib.blake2b((digest_folder(self.folder) + json.dumps(self.settings())).encode()).hexdigest()[:24]
-        return self._fingerprint
+    @functools.cached_property
+    def digest(self):
+        """Of weights and tokenizer: two models never share cached vectors, renamed ones do."""
+        return digest_folder(self.folder)
+
+    def fingerprint(self, kind):
+        """Digest of all that decides a vector of this kind: another length or prefix of queries leaves the passages' alone."""
+        used = [self.digest, self.pooling, self.normalise, self.title_join, self.prefix[kind], self.max_len[kind]]
+        return hashlib.blake2b(json.dumps(used).encode()).hexdigest()[:24]
 
     def passage_text(self, passage):
         """What this encoder reads of a passage."""
@@ -685,7 +689,7 @@ class Encoder:
 
     def stored(self, kind, key, n_rows, cache):
         """Where the cache has the vectors with this key, or will have them."""
-        return Stored(Path(cache) / "embeddings" / self.fingerprint() / f"{kind}-{key}.npy", n_rows)
+        return Stored(Path(cache) / "embeddings" / self.fingerprint(kind) / f"{kind}-{key}.npy", n_rows)
 
     def encode_cached(self, texts, kind, cache):
         """(N, D) fp16 vectors, memory-mapped from the cache."""

@@ -77,12 +77,16 @@ def test_settings_override_the_maker_and_each_changes_the_vectors(tmp_path):
     def vectors(encoder):
         return np.concatenate([encoder.encode([encoder.passage_text(passage)], "passage"), encoder.encode(["w3 w4 w5 w6"], "query")])
 
-    seen = {plain.fingerprint()}
+    def fingerprints(encoder):
+        return encoder.fingerprint("query"), encoder.fingerprint("passage")
+
+    seen = {fingerprints(plain)}
     for setting in ("pooling=cls", "query_prefix=query: ", "passage_prefix=passage: ", "normalise=no", r"title_join= w9\n", "query_max_len=3",
                     "passage_max_len=5", "model:pooling=cls"):
         changed = Encoder(folder, "cpu", settings=[setting])
         assert not np.allclose(vectors(changed), vectors(plain), atol=1e-4), setting
-        seen.add(changed.fingerprint())
+        seen.add(fingerprints(changed))
+        assert (changed.fingerprint("passage") == plain.fingerprint("passage")) == setting.startswith("query_"), setting
     assert len(seen) == 8  # the last is the first again
     assert np.array_equal(vectors(Encoder(folder, "cpu", settings=["other:pooling=cls"])), vectors(plain))
     for wrong in ("pooling=max", "poling=cls", "pooling", "normalise=1", "query_max_len=0"):

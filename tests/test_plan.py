@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
+import measure_rates  # noqa: E402
 import plan  # noqa: E402
 
 FULL = ROOT.parent / "shared/data/miracl-full-topics-qrels/miracl"
@@ -143,13 +144,18 @@ def test_spans(seconds, told):
 
 
 def test_averages_of_the_sample(tmp_path):
-    averages, lengths, rates = plan.measure_averages(str(ROOT / "sample/data"), tmp_path / "bpe")
+    averages, lengths, rates = measure_rates.measure_averages(str(ROOT / "sample/data"), tmp_path / "bpe")
     tokens = averages["tokens"]
     assert all(set(of_lang) == set(plan.MIRACL) for of_lang in (*tokens.values(), averages["bytes"]))
     assert all(tokens["query"][lang] < tokens["passage"][lang] < tokens["judge, shared"][lang] < tokens["judge"][lang] for lang in plan.MIRACL)
     assert max(lengths) <= 256 and 0 < rates["gzip_share"][0] < 1
     lines = [(line, json.loads(line)) for line in (ROOT / "sample/data/corpus/sw.jsonl").read_text("utf-8").splitlines()]
     assert averages["bytes"]["sw"] == pytest.approx(sum(len(line.encode()) + 1 for line, _ in lines) / len(lines), abs=.1)
+
+
+@pytest.mark.parametrize("name", measure_rates.QUOTED)
+def test_quoted_rates_stand_in_the_docstrings(name):
+    assert measure_rates.quoted()[name][0] > 0 and measure_rates.quoted()[name][1] == RATES["rates"][name][1]
 
 
 # --------------------------------------------------------------------------- make miracl

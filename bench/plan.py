@@ -243,8 +243,9 @@ with the corpus: `06_eval.py` without `bm25` among its `--models` needs what 01 
 
 {by_gpus}
 
-A node is 8 GPUs; exchange of gradients is not counted, tokenising is, at this machine's rate for each GPU. `make` starts one process a stage.
-Run 01 under `torchrun` yourself and it finds 01 done; a model that 05 trained under `torchrun` it would train again, so go on with 06 by hand.
+A node is 8 GPUs; exchange of gradients is not counted, tokenising is, at this machine's rate for each GPU. `make miracl GPUS=8` starts
+01 and 05 under `torchrun`, a process for each GPU of the node, and each other stage as one process; 05's batch stays the same, shared by `--gather`.
+On several nodes start 01 and 05 yourself: `make` then finds 01 done, but would train again what more processes trained, so go on with 06 by hand.
 Disk is the same for any number of GPUs: all nodes see one `--cache`. Memory is each process's.
 
 ## Counted work

@@ -172,10 +172,12 @@ def copy(tmp_path):
     return tmp_path
 
 
+OUTSIDE = {k: v for k, v in os.environ.items() if k not in ("OPENAI_BASE_URL", "HF_TOKEN", "MAKEFLAGS", "MAKELEVEL", "LLM", "LANGS", "RUN", "GPUS", "BATCH")}
+
+
 def make(folder, *words, **env):
     """`make miracl` with a Python that has no packages; the stages' Python is echo, which prints what would run."""
-    left = {k: v for k, v in os.environ.items() if k not in ("OPENAI_BASE_URL", "HF_TOKEN", "MAKEFLAGS", "MAKELEVEL", "LLM", "LANGS", "RUN")}
-    return subprocess.run(["make", "--no-print-directory", "miracl", f"PYTHON={sys.executable} -S -B", "PY=echo", *words], cwd=folder, env=left | env,
+    return subprocess.run(["make", "--no-print-directory", "miracl", f"PYTHON={sys.executable} -S -B", "PY=echo", *words], cwd=folder, env=OUTSIDE | env,
                           capture_output=True, text=True)
 
 
@@ -224,6 +226,41 @@ def test_what_the_user_sets_wins(copy):
     done = make(copy, "CONFIRM=1", "LLM=gpt-4o", "RUN=runs/mine", OPENAI_BASE_URL="http://x/v1", HF_TOKEN="x", LANGS="sw te")
     assert done.returncode == 0, done.stderr
     assert "--llm gpt-4o" in done.stdout and "meta-llama" not in done.stdout and "--out runs/mine/model --seed 13 --lang sw te\n" in done.stdout
+
+
+def dry(folder, *words):
+    """The commands of `make all`, {script: (what starts it, its arguments)}; nothing runs."""
+    done = subprocess.run(["make", "-n", "all", *words], cwd=folder, env=OUTSIDE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    commands = (line.partition(next(word for word in line.split() if word.startswith("0"))) for line in done.stdout.splitlines() if " 0" in line)
+    return {script: (start.strip(), arguments) for start, script, arguments in commands}
+
+
+def test_gpus_start_mining_and_training_under_torchrun_and_share_the_batch(copy):
+    one, eight = dry(copy), dry(copy, "GPUS=8")
+    assert one == dry(copy, "GPUS=1") and " --batch-size 24 --lr 1e-3 " in one["05_train.py"][1] and "torchrun" not in str(one)
+    spread = ".venv/bin/torchrun --nproc-per-node 8 --standalone"
+    training = one["05_train.py"][1].replace(" --batch-size 24 ", " --batch-size 3 --gather ")
+    assert eight == one | {"01_mine_candidates.py": (spread, one["01_mine_candidates.py"][1]), "05_train.py": (spread, training)}
+    assert " --batch-size 2 --gather " in dry(copy, "GPUS=8", "BATCH=16")["05_train.py"][1]
+
+
+@pytest.mark.parametrize("gpus, batch", [("7", "24"), ("48", "24"), ("0", "24"), ("-8", "24"), ("", "24"), ("all", "24"), ("8", "20")])
+def test_gpus_that_cannot_share_the_batch_are_an_error_in_one_line(copy, gpus, batch):
+    done = make(copy, f"GPUS={gpus}", f"BATCH={batch}")
+    assert done.returncode == 2 and not done.stdout and len(done.stderr.splitlines()) == 1
+    assert f"GPUS={gpus} cannot share BATCH={batch} queries a step" in done.stderr
+
+
+def test_confirmed_with_gpus_uses_them(copy):
+    torchrun = copy / ".venv/bin/torchrun"
+    torchrun.parent.mkdir()
+    torchrun.write_text("#!/bin/sh\necho torchrun $*\n")
+    torchrun.chmod(0o755)
+    done = make(copy, "CONFIRM=1", "GPUS=8", OPENAI_BASE_URL="http://x/v1", HF_TOKEN="x")
+    assert done.returncode == 0, done.stderr
+    spread = [line.split()[:5] for line in done.stdout.splitlines() if line.startswith("torchrun ")]
+    assert spread == [["torchrun", "--nproc-per-node", "8", "--standalone", script] for script in ("01_mine_candidates.py", "05_train.py")]
 
 
 def test_other_targets_keep_their_small_defaults(copy):

@@ -16,6 +16,7 @@ export LANGS ?= ar bn en es fa fi fr hi id ja ko ru sw te th zh
 export RETRIEVERS ?= intfloat/multilingual-e5-large BAAI/bge-m3
 export ENCODER ?= BAAI/bge-m3
 export LLM ?= meta-llama/Llama-3.1-70B-Instruct
+export EVAL_MODELS ?= $(ENCODER) $(RUN)/model
 endif
 
 # Variables, each to be set on the command line:
@@ -52,6 +53,8 @@ SEED ?= 13
 # ^ seed of every random draw
 GPUS ?= 1
 # ^ processes of stages 01 and 05, a GPU each where there are some; they share the BATCH, so they must divide it
+EVAL_MODELS ?= bm25 $(ENCODER) $(RUN)/model
+# ^ what stage 06 compares, ENCODER among them; make miracl leaves bm25 out: its index of English MIRACL would need about 141 GB of memory
 CACHE ?= cache
 # ^ embeddings and answers
 CONFIRM ?=
@@ -93,7 +96,7 @@ eval: $(RUN)/eval/metrics.json
 miracl:
 	@$(PYTHON) bench/plan.py $(if $(LANGS),--lang $(LANGS)) --retrievers $(RETRIEVERS) --encoder $(ENCODER) --llm $(LLM) \
 	    --depth $(DEPTH) --target $(N) --epochs $(EPOCHS) $(if $(DATA_ROOT),--root $(DATA_ROOT)) $(if $(PRICE_IN),--price-in $(PRICE_IN)) $(if $(PRICE_OUT),--price-out $(PRICE_OUT)) \
-	    $(if $(GPU_PRICE),--gpu-price $(GPU_PRICE)) $(PLAN) $(if $(filter 1,$(CONFIRM)),--confirmed)
+	    $(if $(GPU_PRICE),--gpu-price $(GPU_PRICE)) --eval-models $(EVAL_MODELS) $(PLAN) $(if $(filter 1,$(CONFIRM)),--confirmed)
 	$(if $(filter 1,$(CONFIRM)),@$(MAKE) all)
 
 .venv/installed: requirements.txt
@@ -124,7 +127,7 @@ $(RUN)/model: $(RUN)/topics.jsonl FORCE
 	$(SPREAD) 05_train.py --input $< --encoder $(ENCODER) --epochs $(EPOCHS) --batch-size $(SHARE) $(TRAIN) --out $@ $(COMMON)
 
 $(RUN)/eval/metrics.json: $(RUN)/model FORCE
-	$(PY) 06_eval.py --data $(DATA) --models bm25 $(ENCODER) $(RUN)/model --baseline $(ENCODER) --cache $(CACHE) --out $(RUN)/eval $(COMMON)
+	$(PY) 06_eval.py --data $(DATA) --models $(EVAL_MODELS) --baseline $(ENCODER) --cache $(CACHE) --out $(RUN)/eval $(COMMON)
 	@$(PY) 06a_report.py --run $(RUN) --out $(RUN)/eval $(COMMON)
 
 ablations: $(RUN)/topics.jsonl

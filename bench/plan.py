@@ -49,11 +49,11 @@ def build_parser():
     parser.add_argument("--target", type=positive_int, default=30, help="negatives a query, N in Sec. 4.1")
     parser.add_argument("--epochs", type=positive_int, default=20, help="passes over the training queries (Sec. 4.1)")
     parser.add_argument("--root", default="hub", metavar="FOLDER", help="where stage 00 will find MIRACL; the hub needs HF_TOKEN")
+    parser.add_argument("--eval-models", nargs="+", metavar="MODEL_OR_bm25", help="what stage 06 compares; default: bm25, --encoder, the trained model")
     parser.add_argument("--peak-tflops", type=float, default=989, help="ASSUMED: bf16 TFLOP/s of a GPU at most, an H100 SXM's by its maker")
     parser.add_argument("--utilisation", type=float, default=0.3, help="ASSUMED: share of it that is reached, 0 to 1")
-    parser.add_argument("--price-in", type=float, metavar="P", help="price of a million prompt tokens; none: no money for tokens")
-    parser.add_argument("--price-out", type=float, metavar="P", help="price of a million completion tokens")
-    parser.add_argument("--gpu-price", type=float, metavar="P", help="price of a GPU hour; none: no money for GPUs")
+    for flag, of in (("--price-in", "a million prompt tokens"), ("--price-out", "a million completion tokens"), ("--gpu-price", "a GPU hour")):
+        parser.add_argument(flag, type=float, metavar="P", help=f"price of {of}; without it no money is computed for them")
     parser.add_argument("--confirmed", action="store_true", help="after the plan, exit 2 where the run would lack its server or token")
     parser.add_argument("--markdown", action="store_true", help="write SCALING.md")
     return parser
@@ -70,13 +70,14 @@ def count(args, averages):
     tokens, even = averages["tokens"], dict.fromkeys(args.lang, 1 / len(args.lang))
     held = {lang: max(1, round(DEV_SHARE * n)) for lang, n in queries.items()}
     dense, n = set(args.retrievers) - {"bm25"}, sum(queries.values())
+    compared = set(args.eval_models or [args.encoder, "the trained model"]) - {"bm25"}
     work = {
         "passages": sum(passages.values()), "training queries": n, "relevant passages": sum(relevant.values()),
         "judged passages": sum(judged.values()), "dev queries": sum(dev.values()),
         "corpus bytes": total(averages["bytes"], passages), "bytes of judged passages": total(averages["bytes"], judged),
         "bytes of a passage for each query": total(averages["bytes"], queries),
         "vector bytes of an encoder, fp16": 2 * WIDTH * sum(passages.values()),
-        "encoders in 01": len(dense), "new encoders in 06": len({args.encoder} - dense) + 1,  # the trained model is always new
+        "encoders in 01": len(dense), "encoders in 06": len(compared), "new encoders in 06": len(compared - dense),
         "passage tokens": total(tokens["passage"], passages), "tokens of relevant passages": total(tokens["passage"], relevant),
         "pairs in 01": sum(queries[lang] * passages[lang] for lang in args.lang),
         "pairs in 06": sum(dev[lang] * passages[lang] for lang in args.lang),
@@ -115,8 +116,10 @@ def stages(args, rates):
     # one encoder reads the corpus
     n_01, n_06, tokens = w["encoders in 01"], w["new encoders in 06"], w["passage tokens"]
     encode_cpu, encode_gpu, tokenise = tokens / rate["encode_tokens_per_s"], gpu(2 * BODY * tokens), tokens / rate["tokenise_tokens_per_s"]
-    search, compare = n_01 * w["pairs in 01"] / rate["search_pairs_per_s"], 2 * w["pairs in 06"] / rate["search_pairs_per_s"]
-    bm25 = w["passages"] * rate["bm25_s_per_passage"] + w["pairs in 06"] * rate["bm25_s_per_pair"]
+    search, compare = (w[f"encoders in {stage}"] * w[f"pairs in {stage}"] / rate["search_pairs_per_s"] for stage in ("01", "06"))
+    with_bm25 = "bm25" in (args.eval_models or ["bm25"])
+    bm25 = with_bm25 * (w["passages"] * rate["bm25_s_per_passage"] + w["pairs in 06"] * rate["bm25_s_per_pair"])
+    indexed = f"{rate['bm25_memory_bytes_per_passage'] * largest / 1e9:.0f} GB"
     # the LLM reads and writes, one client asks
     n_02, n_03 = w["judge calls in 02"], w["generating calls in 03"] + w["judge calls in 03"]
     tokens_02, tokens_03 = (w[f"prompt tokens in {stage}"] + w[f"completion tokens in {stage}"] for stage in ("02", "03"))
@@ -124,37 +127,37 @@ def stages(args, rates):
     llm, servers = 2e9 * billions(args.llm), "the LLM's servers; one client asks"
     topics, train = gpu(2 * BODY * w["tokens of relevant passages"]), gpu(BODY * (6 * w["training tokens"] + 2 * w["validation tokens"]))
     widest = BATCH * (64 + 256 * (1 + NEGATIVES))  # tokens of a batch at most
-    memory = {
-        "00": f"{8 * largest / 1e9:.2f} GB: 8 bytes a passage of the largest language",
-        "01": f"{rate['mine_mb'] / 1e3 + n_01 * model / 1e9:.1f} GB: {rate['mine_mb'] / 1e3:.1f} as measured, and the encoders",
-        "02": f"{(rate['judge_mb'] + rate['judge_mb_per_million'] * n_02 / 1e6) / 1e3:.1f} GB: as measured, by the million answers",
-        "04": f"{model / 1e9:.1f} GB: the encoder",
-        "05": f"{rate['train_mb'] / 1e3 + model / 1e9:.1f} GB: {rate['train_mb'] / 1e3:.1f} as measured, and the encoder; on the GPU an estimated "
-              f"{(16 * WEIGHTS + 34 * WIDTH * LAYERS * widest) / 1e9:.0f} GB (16 bytes a weight, 34 x {WIDTH:,} x {LAYERS} a token, see `--chunk-tokens`)",
-        "06": f"{rate['bm25_memory_bytes_per_passage'] * largest / 1e9:.0f} GB: BM25's index of the largest language is built in memory; else as 01"}
+    on_gpu = f"{(16 * WEIGHTS + 34 * WIDTH * LAYERS * widest) / 1e9:.0f} GB (16 bytes a weight, 34 x {WIDTH:,} x {LAYERS} a token, see `--chunk-tokens`)"
     return w, [
-        Row("00 data", f"{w['passages']:,} passages", "seconds a million passages", "nothing",
-            w["corpus bytes"] * (1 + rate["gzip_share"]) + listed(0), memory["00"], cpu_s=prepare, fixed_s=prepare),
+        Row("00 data", f"{w['passages']:,} passages", "seconds a million passages",
+            "nothing", w["corpus bytes"] * (1 + rate["gzip_share"]) + listed(0),
+            f"{8 * largest / 1e9:.2f} GB: 8 bytes a passage of the largest language",
+            cpu_s=prepare, fixed_s=prepare),
         Row("01 mine", f"{n_01} x {tokens / 1e9:.1f} G tokens, {n_01} x {w['pairs in 01'] / 1e9:.0f} G pairs", "2 x body x tokens; tokenising",
-            "everything (`torchrun`)", n_01 * (vectors + model) + listed(args.depth), memory["01"],
+            "everything (`torchrun`)", n_01 * (vectors + model) + listed(args.depth),
+            f"{rate['mine_mb'] / 1e3 + n_01 * model / 1e9:.1f} GB: {rate['mine_mb'] / 1e3:.1f} as measured, and the encoders",
             cpu_s=n_01 * encode_cpu + search, gpu_s=n_01 * encode_gpu, side_s=n_01 * tokenise),
         Row("02 judge", f"{n_02:,} calls, {tokens_02 / 1e9:.2f} G tokens", "2 x LLM x tokens; calls a second of the client",
-            servers, listed(args.depth) + ANSWER_BYTES * n_02, memory["02"],
+            servers, listed(args.depth) + ANSWER_BYTES * n_02,
+            f"{(rate['judge_mb'] + rate['judge_mb_per_million'] * n_02 / 1e6) / 1e3:.1f} GB: as measured, by the million answers",
             cpu_s=client_02, gpu_s=gpu(llm * tokens_02), floor_s=client_02),
         Row("03 generate", f"{n_03:,} calls, {tokens_03 / 1e9:.2f} G tokens, at most", "as 02",
             f"{servers}, and searches", listed(args.target) + ANSWER_BYTES * n_03, "as 01",
             cpu_s=client_03 + search, gpu_s=gpu(llm * tokens_03), floor_s=client_03),
         Row("04 topics", f"{w['relevant passages']:,} passages", "2 x body x tokens",
-            "nothing", listed(args.target) + 2 * WIDTH * w["relevant passages"], memory["04"],
+            "nothing", listed(args.target) + 2 * WIDTH * w["relevant passages"], f"{model / 1e9:.1f} GB: the encoder",
             cpu_s=w["tokens of relevant passages"] / rate["encode_tokens_per_s"], gpu_s=topics, floor_s=topics),
         Row("05 train", f"{w['training steps']:,} steps, {w['training tokens'] / 1e9:.1f} G tokens; {w['validation tokens'] / 1e9:.1f} G to validate",
             "6 x body x tokens; 2 x to validate", f"everything (`torchrun`, `--gather`), among {BATCH} at most: one query each",
-            5 * model, memory["05"],  # disk: the checkpoint with Adam's two moments, the best, and the model
-            cpu_s=w["training tokens"] / rate["train_tokens_per_s"] + w["validation tokens"] / rate["encode_tokens_per_s"],
-            gpu_s=train, floor_s=train / BATCH),
-        Row("06 evaluate", f"{n_06} x {tokens / 1e9:.1f} G tokens, 2 x {w['pairs in 06'] / 1e9:.0f} G pairs, BM25",
-            "as 01; BM25's seconds a passage and pair", "encoding, if 01 runs first under `torchrun` with `--retrievers RUN/model`: 06 finds its vectors",
-            n_06 * vectors + rate["bm25_disk_bytes_per_passage"] * w["passages"], memory["06"],
+            5 * model,  # the checkpoint with Adam's two moments, the best, and the model
+            f"{rate['train_mb'] / 1e3 + model / 1e9:.1f} GB: {rate['train_mb'] / 1e3:.1f} as measured, and the encoder; on the GPU an estimated {on_gpu}",
+            cpu_s=w["training tokens"] / rate["train_tokens_per_s"] + w["validation tokens"] / rate["encode_tokens_per_s"], gpu_s=train, floor_s=train / BATCH),
+        Row("06 evaluate", f"{n_06} x {tokens / 1e9:.1f} G tokens, {w['encoders in 06']} x {w['pairs in 06'] / 1e9:.0f} G pairs{', BM25' * with_bm25}",
+            "as 01" + "; BM25's seconds a passage and pair" * with_bm25,
+            "encoding, if 01 runs first under `torchrun` with `--retrievers RUN/model`: 06 finds its vectors",
+            n_06 * vectors + with_bm25 * rate["bm25_disk_bytes_per_passage"] * w["passages"],
+            f"{indexed}: BM25's index of the largest language is built in memory; else as 01" if with_bm25 else
+            f"as 01, without BM25, whose index would need {indexed}",
             cpu_s=n_06 * encode_cpu + compare + bm25, gpu_s=n_06 * encode_gpu, side_s=n_06 * tokenise, fixed_s=bm25)]
 
 
@@ -222,11 +225,11 @@ def markdown(args, rates):
                    [(name, *(f"{n:.0f}" for n in of_lang.values())) for name, of_lang in averages.items()])
     return f"""# Scaling: the paper's setting on full MIRACL
 
-Made by `python bench/plan.py --markdown` from `results/rates.json`, never by hand. `python bench/measure_rates.py --data data/minimiracl`
-measures the rates again, and `make miracl` prints the same count for the languages, models and prices that you set. Nobody has run all of this yet:
-**counted** is the work; **measured** are averages and rates, on {rates['machine']}, by
-processor seconds over cores, since other work ran there too; **estimated** is what concerns GPUs, of which none was at hand:
-counted FLOPs / ({args.peak_tflops:g} TFLOP/s x {args.utilisation:g}), an H100's bf16 peak and a utilisation, both assumed (`--peak-tflops`, `--utilisation`).
+Made by `python bench/plan.py --markdown` from `results/rates.json`, never by hand; `python bench/measure_rates.py --data data/minimiracl` measures the
+rates again. `make miracl` prints the same count, without BM25, for the languages, models and prices that you set. Nobody has run all of this yet:
+**counted** is the work; **measured** are averages and rates, on {rates['machine']}, by processor seconds over cores, since
+other work ran there too; **estimated** is what concerns GPUs, of which none was at hand: counted FLOPs / ({args.peak_tflops:g} TFLOP/s x {args.utilisation:g}), an H100's bf16
+peak and a utilisation, both assumed (`--peak-tflops`, `--utilisation`).
 
 ## Each stage
 
@@ -236,8 +239,8 @@ Body: the {BODY / 1e6:.0f} million weights of an encoder that every token meets.
 several GPUs; for this machine its time is the client's alone, for GPUs that of prompts read in full and of decoding as efficient as reading.
 A prefix cache spares {w['of them spared by a prefix cache'] / w['prompt tokens in 02']:.0%} of 02's prompt tokens. Not counted: attention's own products (a few per cent), downloads,
 reading the vectors ({gigabytes(vectors)} an encoder and search), search on a GPU (minutes), answers that are asked for again. 01's memory was measured
-at a million passages (`bench/mine_million.py` tells how it grew up to there); by design it grows by 8 bytes a passage. BM25's does grow
-with the corpus: `06_eval.py` without `bm25` among its `--models` needs what 01 needs.
+at a million passages (`bench/mine_million.py` tells how it grew up to there); by design it grows by 8 bytes a passage. BM25's does grow with
+the corpus, to {rows[-1].memory.split(":")[0]}, and it takes {span(rows[-1].fixed_s)} of one process: so `make miracl` leaves it out, and 06 needs what 01 needs, unless `EVAL_MODELS` names `bm25`.
 
 ## More GPUs and nodes
 

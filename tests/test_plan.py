@@ -83,6 +83,16 @@ def test_times_are_work_over_rates():
     assert rows["01"].disk == pytest.approx(2 * (90_416_887 * 2048 + 4 * plan.WEIGHTS) + lists)
 
 
+def test_what_bm25_takes_of_stage_06():
+    with_bm25, without = (plan.stages(args(*flags), RATES)[1][-1] for flags in ([], ["--eval-models", "BAAI/bge-m3", "m"]))
+    rate = {name: value for name, (value, _) in RATES["rates"].items()}
+    told = f"{rate['bm25_memory_bytes_per_passage'] * 32_893_221 / 1e9:.0f} GB"
+    assert with_bm25.memory.startswith(f"{told}:") and without.memory == f"as 01, without BM25, whose index would need {told}"
+    assert f"about {told} of memory" in (ROOT / "Makefile").read_text("utf-8") and f"to {told}," in (ROOT / "SCALING.md").read_text("utf-8")
+    assert with_bm25.disk - without.disk == pytest.approx(rate["bm25_disk_bytes_per_passage"] * 90_416_887)
+    assert with_bm25.cpu_s - without.cpu_s == pytest.approx(with_bm25.fixed_s)
+
+
 def test_gpus_share_what_splits_down_to_the_floor():
     row = plan.Row("", "", "", "", 0, "", gpu_s=800, side_s=80, floor_s=50, fixed_s=7)
     assert [plan.wall(row, n) for n in (1, 8, 64)] == [887, 117, 57]
@@ -106,6 +116,8 @@ BEFORE = values()
     (["--retrievers", "BAAI/bge-m3", "bm25"], lambda now: 2 * now["01"].gpu_s == BEFORE["01"].gpu_s),
     (["--encoder", "other"], lambda now: now["06"].gpu_s == 2 * BEFORE["06"].gpu_s),
     (["--llm", "Llama-3.1-7B"], lambda now: 10 * now["02"].gpu_s == pytest.approx(BEFORE["02"].gpu_s) and now["01"] == BEFORE["01"]),
+    (["--eval-models", "BAAI/bge-m3", "m"], lambda now: now["06"].fixed_s == 0 and now["06"].gpu_s == BEFORE["06"].gpu_s),
+    (["--eval-models", "bm25"], lambda now: now["06"].gpu_s == 0 and now["06"].cpu_s == now["06"].fixed_s == BEFORE["06"].fixed_s > 0),
     (["--peak-tflops", "1978"], lambda now: 2 * now["05"].gpu_s == pytest.approx(BEFORE["05"].gpu_s)),
     (["--utilisation", "0.6"], lambda now: 2 * now["05"].gpu_s == pytest.approx(BEFORE["05"].gpu_s)),
 ], ids=lambda value: value[0] if isinstance(value, list) else "")
@@ -172,7 +184,8 @@ def copy(tmp_path):
     return tmp_path
 
 
-OUTSIDE = {k: v for k, v in os.environ.items() if k not in ("OPENAI_BASE_URL", "HF_TOKEN", "MAKEFLAGS", "MAKELEVEL", "LLM", "LANGS", "RUN", "GPUS", "BATCH")}
+OUTSIDE = {k: v for k, v in os.environ.items() if k not in ("OPENAI_BASE_URL", "HF_TOKEN", "MAKEFLAGS", "MAKELEVEL", "LLM", "LANGS", "RUN", "GPUS", "BATCH",
+                                                                "EVAL_MODELS")}
 
 
 def make(folder, *words, **env):
@@ -185,7 +198,8 @@ def test_make_miracl_prints_the_plan_and_starts_nothing(copy):
     before = sorted(copy.rglob("*"))
     done = make(copy)
     assert done.returncode == 0 and not done.stderr
-    assert done.stdout.splitlines()[:-1] == plan.show(args(), RATES)
+    assert done.stdout.splitlines()[:-1] == plan.show(args("--eval-models", "BAAI/bge-m3", "runs/miracl/model"), RATES)
+    assert "06 as 01, without BM25" in done.stdout
     for word in ("disk", "GPU hours", "LLM calls", "tokens", "money", "Nothing was started: make miracl CONFIRM=1 starts it."):
         assert f"\n{word}" in done.stdout
     assert "00_prepare_data.py" not in done.stdout and sorted(copy.rglob("*")) == before
@@ -194,7 +208,7 @@ def test_make_miracl_prints_the_plan_and_starts_nothing(copy):
 def test_make_miracl_passes_its_variables(copy):
     done = make(copy, "LANGS=sw te", "LLM=gpt-4o", "RETRIEVERS=a", "ENCODER=b", "DEPTH=7", "N=5", "EPOCHS=3", "PRICE_IN=1", "PRICE_OUT=2", "GPU_PRICE=3",
                 "PLAN=--utilisation 0.5")
-    flags = "--lang sw te --llm gpt-4o --retrievers a --encoder b --depth 7 --target 5 --epochs 3 --price-in 1 --price-out 2 --gpu-price 3 --utilisation 0.5"
+    flags = "--lang sw te --llm gpt-4o --retrievers a --encoder b --depth 7 --target 5 --epochs 3 --price-in 1 --price-out 2 --gpu-price 3 --utilisation 0.5 --eval-models b runs/miracl/model"
     assert done.stdout.splitlines()[:-1] == plan.show(args(*flags.split()), RATES)
 
 
@@ -217,15 +231,16 @@ def test_confirmed_runs_the_papers_setting(copy):
                     "02_filter_false_negatives.py --input runs/miracl/candidates.jsonl --llm meta-llama/Llama-3.1-70B-Instruct ",
                     f"--retrievers {models} --fusion concat --llm meta-llama/Llama-3.1-70B-Instruct --target 30 ", "--encoder BAAI/bge-m3 --topics 12 ",
                     "05_train.py --input runs/miracl/topics.jsonl --encoder BAAI/bge-m3 --epochs 20 --batch-size 24 --out runs/miracl/model ",
-                    "06_eval.py --data data/miracl --models bm25 BAAI/bge-m3 runs/miracl/model --baseline BAAI/bge-m3 "):
+                    "06_eval.py --data data/miracl --models BAAI/bge-m3 runs/miracl/model --baseline BAAI/bge-m3 "):
         assert command in told, command
     assert "offline_llm.py" not in told and "make_encoder.py" not in told
 
 
 def test_what_the_user_sets_wins(copy):
-    done = make(copy, "CONFIRM=1", "LLM=gpt-4o", "RUN=runs/mine", OPENAI_BASE_URL="http://x/v1", HF_TOKEN="x", LANGS="sw te")
+    done = make(copy, "CONFIRM=1", "LLM=gpt-4o", "RUN=runs/mine", "EVAL_MODELS=bm25 BAAI/bge-m3", OPENAI_BASE_URL="http://x/v1", HF_TOKEN="x", LANGS="sw te")
     assert done.returncode == 0, done.stderr
     assert "--llm gpt-4o" in done.stdout and "meta-llama" not in done.stdout and "--out runs/mine/model --seed 13 --lang sw te\n" in done.stdout
+    assert " --models bm25 BAAI/bge-m3 --baseline " in done.stdout and "pairs, BM25 " in done.stdout
 
 
 def dry(folder, *words):
@@ -265,4 +280,4 @@ def test_confirmed_with_gpus_uses_them(copy):
 
 def test_other_targets_keep_their_small_defaults(copy):
     done = subprocess.run(["make", "-n", "all"], cwd=copy, capture_output=True, text=True)
-    assert "--source sample" in done.stdout and "bge-m3" not in done.stdout
+    assert "--source sample" in done.stdout and " --models bm25 models/sample runs/sample/model --baseline " in done.stdout and "bge-m3" not in done.stdout

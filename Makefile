@@ -16,6 +16,7 @@ export LANGS ?= ar bn en es fa fi fr hi id ja ko ru sw te th zh
 export RETRIEVERS ?= intfloat/multilingual-e5-large BAAI/bge-m3
 export ENCODER ?= BAAI/bge-m3
 export LLM ?= meta-llama/Llama-3.1-70B-Instruct
+export EVAL_MODELS ?= $(ENCODER) $(RUN)/model
 endif
 
 # Variables, each to be set on the command line:
@@ -50,6 +51,10 @@ BATCH ?= 24
 # ^ queries a step
 SEED ?= 13
 # ^ seed of every random draw
+GPUS ?= 1
+# ^ processes of stages 01 and 05, a GPU each where there are some; they share the BATCH, so they must divide it
+EVAL_MODELS ?= bm25 $(ENCODER) $(RUN)/model
+# ^ what stage 06 compares, ENCODER among them; make miracl leaves bm25 out: its index of English MIRACL would need about 141 GB of memory
 CACHE ?= cache
 # ^ embeddings and answers
 JUDGE ?=
@@ -71,6 +76,10 @@ TRAIN ?= $(if $(SMALL),--lr 1e-3 --temperature 0.05)
 PYTHON ?= python3
 PY := .venv/bin/python
 COMMON := --seed $(SEED) $(if $(LANGS),--lang $(LANGS))
+# what starts 01 and 05, and each process's share of the batch: with --gather 05 trains on the same batch of BATCH queries
+SPREAD := $(if $(filter 1,$(GPUS)),$(PY),.venv/bin/torchrun --nproc-per-node $(GPUS) --standalone)
+SHARE := $(if $(filter 1,$(GPUS)),$(BATCH),$(shell (test $(GPUS) -gt 1 && test $$(($(BATCH) % $(GPUS))) = 0 && echo $$(($(BATCH) / $(GPUS))) --gather) 2>/dev/null))
+$(if $(SHARE),,$(error GPUS=$(GPUS) cannot share BATCH=$(BATCH) queries a step: want a whole number of at least 1 that divides it))
 SERVED := $(PY) $(if $(filter offline-stand-in,$(LLM)),offline_llm.py --exec $(PY))
 
 .PHONY: all miracl data encoder candidates filtered augmented topics model eval ablations judge-quality bench test sample clean help FORCE
@@ -89,7 +98,7 @@ eval: $(RUN)/eval/metrics.json
 miracl:
 	@$(PYTHON) bench/plan.py $(if $(LANGS),--lang $(LANGS)) --retrievers $(RETRIEVERS) --encoder $(ENCODER) --llm $(LLM) \
 	    --depth $(DEPTH) --target $(N) --epochs $(EPOCHS) $(if $(DATA_ROOT),--root $(DATA_ROOT)) $(if $(PRICE_IN),--price-in $(PRICE_IN)) $(if $(PRICE_OUT),--price-out $(PRICE_OUT)) \
-	    $(if $(GPU_PRICE),--gpu-price $(GPU_PRICE)) $(PLAN) $(if $(filter 1,$(CONFIRM)),--confirmed)
+	    $(if $(GPU_PRICE),--gpu-price $(GPU_PRICE)) --eval-models $(EVAL_MODELS) $(PLAN) $(if $(filter 1,$(CONFIRM)),--confirmed)
 	$(if $(filter 1,$(CONFIRM)),@$(MAKE) all)
 
 .venv/installed: requirements.txt
@@ -105,7 +114,7 @@ models/$(NAME): $(DATA)/train.jsonl FORCE
 	$(PY) sample/make_encoder.py --data $(DATA) --out $@ $(COMMON)
 
 $(RUN)/candidates.jsonl: $(DATA)/train.jsonl $(SMALL) FORCE
-	$(PY) 01_mine_candidates.py --data $(DATA) --retrievers $(RETRIEVERS) --fusion $(FUSION) --depth $(DEPTH) --cache $(CACHE) --out $@ $(COMMON)
+	$(SPREAD) 01_mine_candidates.py --data $(DATA) --retrievers $(RETRIEVERS) --fusion $(FUSION) --depth $(DEPTH) --cache $(CACHE) --out $@ $(COMMON)
 
 $(RUN)/filtered.jsonl: $(RUN)/candidates.jsonl FORCE
 	$(SERVED) 02_filter_false_negatives.py --input $< --llm $(LLM) --cache $(CACHE) --out $@ $(COMMON)
@@ -117,10 +126,10 @@ $(RUN)/topics.jsonl: $(RUN)/augmented.jsonl FORCE
 	$(PY) 04_cluster_topics.py --input $< --encoder $(ENCODER) --topics $(TOPICS) --cache $(CACHE) --out $@ $(COMMON)
 
 $(RUN)/model: $(RUN)/topics.jsonl FORCE
-	$(PY) 05_train.py --input $< --encoder $(ENCODER) --epochs $(EPOCHS) --batch-size $(BATCH) $(TRAIN) --out $@ $(COMMON)
+	$(SPREAD) 05_train.py --input $< --encoder $(ENCODER) --epochs $(EPOCHS) --batch-size $(SHARE) $(TRAIN) --out $@ $(COMMON)
 
 $(RUN)/eval/metrics.json: $(RUN)/model FORCE
-	$(PY) 06_eval.py --data $(DATA) --models bm25 $(ENCODER) $(RUN)/model --baseline $(ENCODER) --cache $(CACHE) --out $(RUN)/eval $(COMMON)
+	$(PY) 06_eval.py --data $(DATA) --models $(EVAL_MODELS) --baseline $(ENCODER) --cache $(CACHE) --out $(RUN)/eval $(COMMON)
 	@$(PY) 06a_report.py --run $(RUN) --out $(RUN)/eval $(COMMON)
 
 ablations: $(RUN)/topics.jsonl

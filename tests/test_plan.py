@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
+import measure_rates  # noqa: E402
 import plan  # noqa: E402
 
 FULL = ROOT.parent / "shared/data/miracl-full-topics-qrels/miracl"
@@ -82,6 +83,16 @@ def test_times_are_work_over_rates():
     assert rows["01"].disk == pytest.approx(2 * (90_416_887 * 2048 + 4 * plan.WEIGHTS) + lists)
 
 
+def test_what_bm25_takes_of_stage_06():
+    with_bm25, without = (plan.stages(args(*flags), RATES)[1][-1] for flags in ([], ["--eval-models", "BAAI/bge-m3", "m"]))
+    rate = {name: value for name, (value, _) in RATES["rates"].items()}
+    told = f"{rate['bm25_memory_bytes_per_passage'] * 32_893_221 / 1e9:.0f} GB"
+    assert with_bm25.memory.startswith(f"{told}:") and without.memory == f"as 01, without BM25, whose index would need {told}"
+    assert f"about {told} of memory" in (ROOT / "Makefile").read_text("utf-8") and f"to {told}," in (ROOT / "SCALING.md").read_text("utf-8")
+    assert with_bm25.disk - without.disk == pytest.approx(rate["bm25_disk_bytes_per_passage"] * 90_416_887)
+    assert with_bm25.cpu_s - without.cpu_s == pytest.approx(with_bm25.fixed_s)
+
+
 def test_gpus_share_what_splits_down_to_the_floor():
     row = plan.Row("", "", "", "", 0, "", gpu_s=800, side_s=80, floor_s=50, fixed_s=7)
     assert [plan.wall(row, n) for n in (1, 8, 64)] == [887, 117, 57]
@@ -105,6 +116,8 @@ BEFORE = values()
     (["--retrievers", "BAAI/bge-m3", "bm25"], lambda now: 2 * now["01"].gpu_s == BEFORE["01"].gpu_s),
     (["--encoder", "other"], lambda now: now["06"].gpu_s == 2 * BEFORE["06"].gpu_s),
     (["--llm", "Llama-3.1-7B"], lambda now: 10 * now["02"].gpu_s == pytest.approx(BEFORE["02"].gpu_s) and now["01"] == BEFORE["01"]),
+    (["--eval-models", "BAAI/bge-m3", "m"], lambda now: now["06"].fixed_s == 0 and now["06"].gpu_s == BEFORE["06"].gpu_s),
+    (["--eval-models", "bm25"], lambda now: now["06"].gpu_s == 0 and now["06"].cpu_s == now["06"].fixed_s == BEFORE["06"].fixed_s > 0),
     (["--peak-tflops", "1978"], lambda now: 2 * now["05"].gpu_s == pytest.approx(BEFORE["05"].gpu_s)),
     (["--utilisation", "0.6"], lambda now: 2 * now["05"].gpu_s == pytest.approx(BEFORE["05"].gpu_s)),
 ], ids=lambda value: value[0] if isinstance(value, list) else "")
@@ -143,13 +156,18 @@ def test_spans(seconds, told):
 
 
 def test_averages_of_the_sample(tmp_path):
-    averages, lengths, rates = plan.measure_averages(str(ROOT / "sample/data"), tmp_path / "bpe")
+    averages, lengths, rates = measure_rates.measure_averages(str(ROOT / "sample/data"), tmp_path / "bpe")
     tokens = averages["tokens"]
     assert all(set(of_lang) == set(plan.MIRACL) for of_lang in (*tokens.values(), averages["bytes"]))
     assert all(tokens["query"][lang] < tokens["passage"][lang] < tokens["judge, shared"][lang] < tokens["judge"][lang] for lang in plan.MIRACL)
     assert max(lengths) <= 256 and 0 < rates["gzip_share"][0] < 1
     lines = [(line, json.loads(line)) for line in (ROOT / "sample/data/corpus/sw.jsonl").read_text("utf-8").splitlines()]
     assert averages["bytes"]["sw"] == pytest.approx(sum(len(line.encode()) + 1 for line, _ in lines) / len(lines), abs=.1)
+
+
+@pytest.mark.parametrize("name", measure_rates.QUOTED)
+def test_quoted_rates_stand_in_the_docstrings(name):
+    assert measure_rates.quoted()[name][0] > 0 and measure_rates.quoted()[name][1] == RATES["rates"][name][1]
 
 
 # --------------------------------------------------------------------------- make miracl
@@ -166,10 +184,13 @@ def copy(tmp_path):
     return tmp_path
 
 
+OUTSIDE = {k: v for k, v in os.environ.items() if k not in ("OPENAI_BASE_URL", "HF_TOKEN", "MAKEFLAGS", "MAKELEVEL", "LLM", "LANGS", "RUN", "GPUS", "BATCH",
+                                                                "EVAL_MODELS")}
+
+
 def make(folder, *words, **env):
     """`make miracl` with a Python that has no packages; the stages' Python is echo, which prints what would run."""
-    left = {k: v for k, v in os.environ.items() if k not in ("OPENAI_BASE_URL", "HF_TOKEN", "MAKEFLAGS", "MAKELEVEL", "LLM", "LANGS", "RUN")}
-    return subprocess.run(["make", "--no-print-directory", "miracl", f"PYTHON={sys.executable} -S -B", "PY=echo", *words], cwd=folder, env=left | env,
+    return subprocess.run(["make", "--no-print-directory", "miracl", f"PYTHON={sys.executable} -S -B", "PY=echo", *words], cwd=folder, env=OUTSIDE | env,
                           capture_output=True, text=True)
 
 
@@ -177,7 +198,8 @@ def test_make_miracl_prints_the_plan_and_starts_nothing(copy):
     before = sorted(copy.rglob("*"))
     done = make(copy)
     assert done.returncode == 0 and not done.stderr
-    assert done.stdout.splitlines()[:-1] == plan.show(args(), RATES)
+    assert done.stdout.splitlines()[:-1] == plan.show(args("--eval-models", "BAAI/bge-m3", "runs/miracl/model"), RATES)
+    assert "06 as 01, without BM25" in done.stdout
     for word in ("disk", "GPU hours", "LLM calls", "tokens", "money", "Nothing was started: make miracl CONFIRM=1 starts it."):
         assert f"\n{word}" in done.stdout
     assert "00_prepare_data.py" not in done.stdout and sorted(copy.rglob("*")) == before
@@ -186,7 +208,7 @@ def test_make_miracl_prints_the_plan_and_starts_nothing(copy):
 def test_make_miracl_passes_its_variables(copy):
     done = make(copy, "LANGS=sw te", "LLM=gpt-4o", "RETRIEVERS=a", "ENCODER=b", "DEPTH=7", "N=5", "EPOCHS=3", "PRICE_IN=1", "PRICE_OUT=2", "GPU_PRICE=3",
                 "PLAN=--utilisation 0.5")
-    flags = "--lang sw te --llm gpt-4o --retrievers a --encoder b --depth 7 --target 5 --epochs 3 --price-in 1 --price-out 2 --gpu-price 3 --utilisation 0.5"
+    flags = "--lang sw te --llm gpt-4o --retrievers a --encoder b --depth 7 --target 5 --epochs 3 --price-in 1 --price-out 2 --gpu-price 3 --utilisation 0.5 --eval-models b runs/miracl/model"
     assert done.stdout.splitlines()[:-1] == plan.show(args(*flags.split()), RATES)
 
 
@@ -209,17 +231,53 @@ def test_confirmed_runs_the_papers_setting(copy):
                     "02_filter_false_negatives.py --input runs/miracl/candidates.jsonl --llm meta-llama/Llama-3.1-70B-Instruct ",
                     f"--retrievers {models} --fusion concat --llm meta-llama/Llama-3.1-70B-Instruct --target 30 ", "--encoder BAAI/bge-m3 --topics 12 ",
                     "05_train.py --input runs/miracl/topics.jsonl --encoder BAAI/bge-m3 --epochs 20 --batch-size 24 --out runs/miracl/model ",
-                    "06_eval.py --data data/miracl --models bm25 BAAI/bge-m3 runs/miracl/model --baseline BAAI/bge-m3 "):
+                    "06_eval.py --data data/miracl --models BAAI/bge-m3 runs/miracl/model --baseline BAAI/bge-m3 "):
         assert command in told, command
     assert "offline_llm.py" not in told and "make_encoder.py" not in told
 
 
 def test_what_the_user_sets_wins(copy):
-    done = make(copy, "CONFIRM=1", "LLM=gpt-4o", "RUN=runs/mine", OPENAI_BASE_URL="http://x/v1", HF_TOKEN="x", LANGS="sw te")
+    done = make(copy, "CONFIRM=1", "LLM=gpt-4o", "RUN=runs/mine", "EVAL_MODELS=bm25 BAAI/bge-m3", OPENAI_BASE_URL="http://x/v1", HF_TOKEN="x", LANGS="sw te")
     assert done.returncode == 0, done.stderr
     assert "--llm gpt-4o" in done.stdout and "meta-llama" not in done.stdout and "--out runs/mine/model --seed 13 --lang sw te\n" in done.stdout
+    assert " --models bm25 BAAI/bge-m3 --baseline " in done.stdout and "pairs, BM25 " in done.stdout
+
+
+def dry(folder, *words):
+    """The commands of `make all`, {script: (what starts it, its arguments)}; nothing runs."""
+    done = subprocess.run(["make", "-n", "all", *words], cwd=folder, env=OUTSIDE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    commands = (line.partition(next(word for word in line.split() if word.startswith("0"))) for line in done.stdout.splitlines() if " 0" in line)
+    return {script: (start.strip(), arguments) for start, script, arguments in commands}
+
+
+def test_gpus_start_mining_and_training_under_torchrun_and_share_the_batch(copy):
+    one, eight = dry(copy), dry(copy, "GPUS=8")
+    assert one == dry(copy, "GPUS=1") and " --batch-size 24 --lr 1e-3 " in one["05_train.py"][1] and "torchrun" not in str(one)
+    spread = ".venv/bin/torchrun --nproc-per-node 8 --standalone"
+    training = one["05_train.py"][1].replace(" --batch-size 24 ", " --batch-size 3 --gather ")
+    assert eight == one | {"01_mine_candidates.py": (spread, one["01_mine_candidates.py"][1]), "05_train.py": (spread, training)}
+    assert " --batch-size 2 --gather " in dry(copy, "GPUS=8", "BATCH=16")["05_train.py"][1]
+
+
+@pytest.mark.parametrize("gpus, batch", [("7", "24"), ("48", "24"), ("0", "24"), ("-8", "24"), ("", "24"), ("all", "24"), ("8", "20")])
+def test_gpus_that_cannot_share_the_batch_are_an_error_in_one_line(copy, gpus, batch):
+    done = make(copy, f"GPUS={gpus}", f"BATCH={batch}")
+    assert done.returncode == 2 and not done.stdout and len(done.stderr.splitlines()) == 1
+    assert f"GPUS={gpus} cannot share BATCH={batch} queries a step" in done.stderr
+
+
+def test_confirmed_with_gpus_uses_them(copy):
+    torchrun = copy / ".venv/bin/torchrun"
+    torchrun.parent.mkdir()
+    torchrun.write_text("#!/bin/sh\necho torchrun $*\n")
+    torchrun.chmod(0o755)
+    done = make(copy, "CONFIRM=1", "GPUS=8", OPENAI_BASE_URL="http://x/v1", HF_TOKEN="x")
+    assert done.returncode == 0, done.stderr
+    spread = [line.split()[:5] for line in done.stdout.splitlines() if line.startswith("torchrun ")]
+    assert spread == [["torchrun", "--nproc-per-node", "8", "--standalone", script] for script in ("01_mine_candidates.py", "05_train.py")]
 
 
 def test_other_targets_keep_their_small_defaults(copy):
     done = subprocess.run(["make", "-n", "all"], cwd=copy, capture_output=True, text=True)
-    assert "--source sample" in done.stdout and "bge-m3" not in done.stdout
+    assert "--source sample" in done.stdout and " --models bm25 models/sample runs/sample/model --baseline " in done.stdout and "bge-m3" not in done.stdout

@@ -118,7 +118,7 @@ def make_inputs(args, names):
     def without_reference():
         path = args.work / "noreference.filtered.jsonl"
         stage(*served, ROOT / "02_filter_false_negatives.py", "--input", args.run / "candidates.jsonl", "--no-reference", *llm, "--out", path, *lang)
-        return generate("noreference", path, args.target)
+        return generate("noreference", path, args.target, "--no-reference")
 
     filtered = args.run / "filtered.jsonl"
     makers = {"filtered": lambda: filtered, "augmented": lambda: args.run / "augmented.jsonl", "noreference": without_reference,

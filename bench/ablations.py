@@ -127,8 +127,6 @@ def make_inputs(args, names):
     for name in names:
         source = (makers.get(name) or (lambda: generate(name, filtered, int(name[1:])) if name.startswith("N") else mine(name)))()
         path = args.work / f"{name}.jsonl"
-        if path.is_file() and path.stat().st_mtime > source.stat().st_mtime:
-            continue
         with atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             for record in read_queries(source, args.lang):
                 if name in ("topk", "shifted", "abs", "margin", "percent"):
@@ -177,17 +175,18 @@ def average(values, measure):
 
 def summarise(args, settings):
     """The rows that have scores: mean, sd and difference to the full method, in points, with the test's p."""
-    scores = {name: [json.loads(score_path(args, name, seed).read_text("utf-8")) for seed in args.seeds if score_path(args, name, seed).is_file()]
-              for name in ROWS}
-    scores = {name: of_row for name, of_row in scores.items() if of_row}
+    seeds = {name: [seed for seed in args.seeds if score_path(args, name, seed).is_file()] for name in ROWS}
+    scores = {name: [json.loads(score_path(args, name, seed).read_text("utf-8")) for seed in of_row] for name, of_row in seeds.items() if of_row}
+    if not scores:
+        raise DataError(f"{args.work}: no run has ended yet, so there is no table; give it more --minutes")
     per_query = {name: np.mean([[v["ndcg@10"] for of_lang in s["values"].values() for v in of_lang.values()] for s in of_row], axis=0)
                  for name, of_row in scores.items()}
     langs, rows, p_of = list(next(iter(scores.values()))[0]["values"]), [], load_evaluation().paired_p
-    full = np.mean([average(s["values"], "ndcg@10") for s in scores.get(FULL, [])]) if FULL in scores else None
+    full = np.mean([average(s["values"], "ndcg@10") for s in scores[FULL]]) if FULL in scores else None
     for name, of_row in scores.items():
         group, negatives, flags, paper = ROWS[name]
         ndcg = [average(s["values"], "ndcg@10") for s in of_row]
-        compared = FULL in scores and name != FULL and len(of_row) == len(scores[FULL])
+        compared = name != FULL and seeds[name] == seeds[FULL]
         rows.append({"name": name, "group": group, "negatives": negatives, "flags": flags, "seeds": len(of_row),
                      "ndcg@10": round(100 * float(np.mean(ndcg)), 2), "sd": round(100 * float(np.std(ndcg, ddof=1)), 2) if len(ndcg) > 1 else None,
                      "recall@100": round(100 * float(np.mean([average(s["values"], "recall@100") for s in of_row])), 2),
@@ -225,13 +224,15 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     args.work = args.work or args.run / "ablations"
     args.retrievers = args.retrievers or ["bm25", args.encoder]
+    next(read_queries(args.run / "topics.jsonl", args.lang, need=["topic"]))  # stops in one line where the run is not there
     settings = {"epochs": args.epochs, "train_flags": args.train_flags, "target": args.target, "lang": args.lang, "llm": args.llm,
                 "retrievers": len(args.retrievers), "fusion": args.fusion, "topics": digest_file(args.run / "topics.jsonl")}
     (args.work / "scores").mkdir(parents=True, exist_ok=True)
     known = args.work / "scores/settings.json"
     if known.is_file() and json.loads(known.read_text("utf-8")) != settings:
         raise DataError(f"{known}: the scores there are of other settings ({known.read_text('utf-8')}); give another --work, or remove {args.work}")
-    known.write_text(json.dumps(settings), "utf-8")
+    with atomic(known) as temporary:
+        temporary.write_text(json.dumps(settings), "utf-8")
     begun, rows, saving = time.time(), args.rows or list(ROWS), Lock()
     todo = [(name, seed) for seed in args.seeds for name in rows if not score_path(args, name, seed).is_file()]
     if todo:

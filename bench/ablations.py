@@ -35,6 +35,7 @@ STAND_IN = "offline-stand-in"
 MIXED, UNWEIGHTED = ["--no-same-language", "--no-topic-balance"], ["--weighting", "none"]
 PLAIN = MIXED + UNWEIGHTED
 FULL = "full method"
+STRATEGIES = ("topk", "shifted", "abs", "margin", "percent")  # of 01_mine_candidates.py
 ROWS = {  # name: (group, negatives, flags of 05_train.py, the paper's nDCG@10 with BGE-M3 or None)
     FULL: ("", "augmented", [], 70.6),
     "naive top-k": ("Table 2", "topk", PLAIN, 67.6),
@@ -101,11 +102,11 @@ def make_inputs(args, names):
     lang = ["--lang", *args.lang] if args.lang else []
     served = [ROOT / "offline_llm.py", "--exec", sys.executable] if args.llm == STAND_IN else []
     ensemble, llm = ["--retrievers", *args.retrievers, "--fusion", args.fusion], ["--llm", args.llm, "--cache", args.cache]
-    dense = ["--retrievers", *[r for r in args.retrievers if r != "bm25"], "--fusion", "concat"]
-    weights = ["--weights", *[1 / (len(dense) - 3)] * (len(dense) - 3)]  # --max-score and --margin are of the mean cosine
+    dense = [r for r in args.retrievers if r != "bm25"] or [args.encoder]
+    mean = ["--retrievers", *dense, "--fusion", "concat", "--weights", *[1 / len(dense)] * len(dense)]  # --max-score, --margin are of the mean cosine
 
     def mine(name):
-        flags = ensemble if name in ("topk", "shifted") else [*dense, *weights]
+        flags = ensemble if name in ("topk", "shifted") else mean
         stage(ROOT / "01_mine_candidates.py", "--data", args.data, *flags, "--strategy", name, "--depth", args.target,
               "--bm25-tokenizer", args.encoder, "--cache", args.cache, "--out", args.work / f"{name}.mined.jsonl", *lang)
         return args.work / f"{name}.mined.jsonl"
@@ -125,15 +126,15 @@ def make_inputs(args, names):
               "labelled": lambda: generate("labelled", Path(args.data) / "train.jsonl", args.target),
               "written": lambda: generate("written", filtered, args.target, "--mode", "write")}
     for name in names:
-        source = (makers.get(name) or (lambda: generate(name, filtered, int(name[1:])) if name.startswith("N") else mine(name)))()
+        n = int(name[1:]) if name.startswith("N") else args.target
+        source = makers[name]() if name in makers else mine(name) if name in STRATEGIES else generate(name, filtered, n)
         path = args.work / f"{name}.jsonl"
         with atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             for record in read_queries(source, args.lang):
-                if name in ("topk", "shifted", "abs", "margin", "percent"):
+                if name in STRATEGIES:
                     record.pop("false_negatives", None)  # they know none, so they mask none
-                most = int(name[1:]) if name.startswith("N") else args.target
                 file.write(dump(record | {"topic": topics[record["lang"], record["query_id"]],
-                                          "negative_passages": record["negative_passages"][:most]}))
+                                          "negative_passages": record["negative_passages"][:n]}))
         say(f"{path}: made")
 
 

@@ -13,6 +13,7 @@ Usage   make ablations DATA_SOURCE=miracl DATA_ROOT=../shared/data/minimiracl LA
         python bench/ablations.py --data data/minimiracl --run runs/minimiracl --encoder models/minimiracl --rows "full method" "batch of 8"
 Cost    in OUT under "hours": wall time of the rows on two cores, two at a time
 """
+import functools
 import json
 import os
 import shlex
@@ -29,13 +30,15 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import DataError, Parser, atomic, digest_file, dump, positive_int, read_lines, read_queries, run, say
+from common import (DataError, Parser, atomic, digest_file, digest_folder, dump, model_folder, positive_int, read_lines, read_queries, run, say,
+                    short_name)
 
 STAND_IN = "offline-stand-in"
 MIXED, UNWEIGHTED = ["--no-same-language", "--no-topic-balance"], ["--weighting", "none"]
 PLAIN = MIXED + UNWEIGHTED
 NEGATIVES = 7  # hard negatives a query and step (Sec. 4.1)
 FULL = "full method"
+STRATEGIES = ("topk", "shifted", "abs", "margin", "percent")  # of 01_mine_candidates.py
 ROWS = {  # name: (group, negatives, flags of 05_train.py, the paper's nDCG@10 with BGE-M3 or None)
     FULL: ("", "augmented", [], 70.6),
     "naive top-k": ("Table 2", "topk", PLAIN, 67.6),
@@ -102,11 +105,11 @@ def make_inputs(args, names):
     lang = ["--lang", *args.lang] if args.lang else []
     served = [ROOT / "offline_llm.py", "--exec", sys.executable] if args.llm == STAND_IN else []
     ensemble, llm = ["--retrievers", *args.retrievers, "--fusion", args.fusion], ["--llm", args.llm, "--cache", args.cache]
-    dense = ["--retrievers", *[r for r in args.retrievers if r != "bm25"], "--fusion", "concat"]
-    weights = ["--weights", *[1 / (len(dense) - 3)] * (len(dense) - 3)]  # --max-score and --margin are of the mean cosine
+    dense = [r for r in args.retrievers if r != "bm25"] or [args.encoder]
+    mean = ["--retrievers", *dense, "--fusion", "concat", "--weights", *[1 / len(dense)] * len(dense)]  # --max-score, --margin are of the mean cosine
 
     def mine(name):
-        flags = ensemble if name in ("topk", "shifted") else [*dense, *weights]
+        flags = ensemble if name in ("topk", "shifted") else mean
         stage(ROOT / "01_mine_candidates.py", "--data", args.data, *flags, "--strategy", name, "--depth", args.target,
               "--bm25-tokenizer", args.encoder, "--cache", args.cache, "--out", args.work / f"{name}.mined.jsonl", *lang)
         return args.work / f"{name}.mined.jsonl"
@@ -119,26 +122,24 @@ def make_inputs(args, names):
     def without_reference():
         path = args.work / "noreference.filtered.jsonl"
         stage(*served, ROOT / "02_filter_false_negatives.py", "--input", args.run / "candidates.jsonl", "--no-reference", *llm, "--out", path, *lang)
-        return generate("noreference", path, args.target)
+        return generate("noreference", path, args.target, "--no-reference")
 
     filtered = args.run / "filtered.jsonl"
     makers = {"filtered": lambda: filtered, "augmented": lambda: args.run / "augmented.jsonl", "noreference": without_reference,
               "labelled": lambda: generate("labelled", Path(args.data) / "train.jsonl", args.target),
               "written": lambda: generate("written", filtered, args.target, "--mode", "write")}
     for name in names:
-        source = (makers.get(name) or (lambda: generate(name, filtered, int(name[1:])) if name.startswith("N") else mine(name)))()
+        n = int(name[1:]) if name.startswith("N") else args.target
+        source = makers[name]() if name in makers else mine(name) if name in STRATEGIES else generate(name, filtered, n)
         path = args.work / f"{name}.jsonl"
-        if path.is_file() and path.stat().st_mtime > source.stat().st_mtime:
-            continue
         with atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             for record in read_queries(source, args.lang):
-                if name in ("topk", "shifted", "abs", "margin", "percent"):
+                if name in STRATEGIES:
                     record.pop("false_negatives", None)  # they know none, so they mask none
                 if len(record["negative_passages"]) < NEGATIVES:
                     continue  # such a query is left out of the row, as the field's miners do
-                most = int(name[1:]) if name.startswith("N") else args.target
                 file.write(dump(record | {"topic": topics[record["lang"], record["query_id"]],
-                                          "negative_passages": record["negative_passages"][:most]}))
+                                          "negative_passages": record["negative_passages"][:n]}))
         say(f"{path}: made")
 
 
@@ -173,6 +174,11 @@ def load_evaluation():
     return module
 
 
+@functools.cache
+def count_lines(path):
+    return sum(1 for _ in read_lines(path))
+
+
 def average(values, measure):
     """Mean over languages of the mean over queries."""
     return float(np.mean([np.mean([v[measure] for v in of_lang.values()]) for of_lang in values.values()]))
@@ -180,19 +186,20 @@ def average(values, measure):
 
 def summarise(args, settings):
     """The rows that have scores: mean, sd and difference to the full method, in points, with the test's p."""
-    scores = {name: [json.loads(score_path(args, name, seed).read_text("utf-8")) for seed in args.seeds if score_path(args, name, seed).is_file()]
-              for name in ROWS}
-    scores = {name: of_row for name, of_row in scores.items() if of_row}
+    seeds = {name: [seed for seed in args.seeds if score_path(args, name, seed).is_file()] for name in ROWS}
+    scores = {name: [json.loads(score_path(args, name, seed).read_text("utf-8")) for seed in of_row] for name, of_row in seeds.items() if of_row}
+    if not scores:
+        raise DataError(f"{args.work}: no run has ended yet, so there is no table; give it more --minutes")
     per_query = {name: np.mean([[v["ndcg@10"] for of_lang in s["values"].values() for v in of_lang.values()] for s in of_row], axis=0)
                  for name, of_row in scores.items()}
-    n_queries = {name: sum(1 for _ in read_lines(args.work / f"{ROWS[name][1]}.jsonl")) for name in scores}
     langs, rows, p_of = list(next(iter(scores.values()))[0]["values"]), [], load_evaluation().paired_p
-    full = np.mean([average(s["values"], "ndcg@10") for s in scores.get(FULL, [])]) if FULL in scores else None
+    full = np.mean([average(s["values"], "ndcg@10") for s in scores[FULL]]) if FULL in scores else None
     for name, of_row in scores.items():
         group, negatives, flags, paper = ROWS[name]
         ndcg = [average(s["values"], "ndcg@10") for s in of_row]
-        compared = FULL in scores and name != FULL and len(of_row) == len(scores[FULL])
-        rows.append({"name": name, "group": group, "negatives": negatives, "flags": flags, "seeds": len(of_row), "train_queries": n_queries[name],
+        compared = name != FULL and seeds[name] == seeds[FULL]
+        rows.append({"name": name, "group": group, "negatives": negatives, "flags": flags, "seeds": len(of_row),
+                     "train_queries": count_lines(args.work / f"{negatives}.jsonl"),
                      "ndcg@10": round(100 * float(np.mean(ndcg)), 2), "sd": round(100 * float(np.std(ndcg, ddof=1)), 2) if len(ndcg) > 1 else None,
                      "recall@100": round(100 * float(np.mean([average(s["values"], "recall@100") for s in of_row])), 2),
                      "diff": round(100 * float(np.mean(ndcg) - full), 2) if compared else None,
@@ -231,13 +238,16 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     args.work = args.work or args.run / "ablations"
     args.retrievers = args.retrievers or ["bm25", args.encoder]
+    next(read_queries(args.run / "topics.jsonl", args.lang, need=["topic"]))  # stops in one line where the run is not there
     settings = {"epochs": args.epochs, "train_flags": args.train_flags, "target": args.target, "lang": args.lang, "llm": args.llm,
-                "retrievers": len(args.retrievers), "fusion": args.fusion, "topics": digest_file(args.run / "topics.jsonl")}
+                "retrievers": [*map(short_name, args.retrievers)], "fusion": args.fusion, "topics": digest_file(args.run / "topics.jsonl"),
+                "dev": digest_file(Path(args.data) / "dev.jsonl"), "encoder": digest_folder(model_folder(args.encoder))}
     (args.work / "scores").mkdir(parents=True, exist_ok=True)
     known = args.work / "scores/settings.json"
     if known.is_file() and json.loads(known.read_text("utf-8")) != settings:
         raise DataError(f"{known}: the scores there are of other settings ({known.read_text('utf-8')}); give another --work, or remove {args.work}")
-    known.write_text(json.dumps(settings), "utf-8")
+    with atomic(known) as temporary:
+        temporary.write_text(json.dumps(settings), "utf-8")
     begun, rows, saving = time.time(), args.rows or list(ROWS), Lock()
     todo = [(name, seed) for seed in args.seeds for name in rows if not score_path(args, name, seed).is_file()]
     if todo:

@@ -27,17 +27,17 @@ def write(path, text):
     path.write_text(text, "utf-8")
 
 
-def cut_sample(data):
+def cut_sample(data, langs=LANGS):
     """sample/data in a few languages, with six training and four dev queries each; whole corpora."""
     for split, n in (("train", 6), ("dev", 4)):
         records = [json.loads(line) for line in lines(ROOT / f"sample/data/{split}.jsonl")]
-        records = [r for lang in LANGS for r in [r for r in records if r["lang"] == lang][:n]]
+        records = [r for lang in langs for r in [r for r in records if r["lang"] == lang][:n]]
         write(data / f"{split}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
-        for lang in LANGS:
+        for lang in langs:
             ids = {r["query_id"] for r in records if r["lang"] == lang}
             qrels = lines(ROOT / f"sample/data/qrels/{split}/{lang}.tsv")
             write(data / f"qrels/{split}/{lang}.tsv", "".join(line + "\n" for line in qrels if line.split("\t")[0] in ids))
-    for lang in LANGS:
+    for lang in langs:
         write(data / f"corpus/{lang}.jsonl", (ROOT / f"sample/data/corpus/{lang}.jsonl").read_text("utf-8"))
 
 

@@ -230,8 +230,23 @@ def table(result):
     seeds, most = (max(row[key] for row in result["ablations"]) for key in ("seeds", "train_queries"))
     left_out = [f"{row['name']}: {most - row['train_queries']} of {most}" for row in result["ablations"] if row["train_queries"] < most]
     short = f"Queries left with fewer than {NEGATIVES} negatives are not trained on ({', '.join(left_out)}). " if left_out else ""
-    return "\n".join(lines) + (f"\n\n{result['queries']} dev queries, {seeds} seeds, {result['settings']['epochs']} epochs; bold: p < 0.05. "
+    return "\n".join(lines) + (f"\n\n{reading(result)}\n\n{result['queries']} dev queries, {seeds} seeds, {result['settings']['epochs']} epochs; bold: p < 0.05. "
                                f"{short}The paper's column is of full MIRACL and BGE-M3: the same rows, other data and models.")
+
+
+def reading(result):
+    """What helped and what did not, in a sentence or two; only differences with p < 0.05 are named."""
+    rows = [row for row in result["ablations"] if row["diff"] is not None]
+    parts = []
+    for words, sign in (("below", -1), ("above", 1)):
+        some = sorted((row for row in rows if row["p"] < 0.05 and sign * row["diff"] > 0), key=lambda row: sign * row["diff"], reverse=True)
+        named = ", ".join(f"{row['name']} ({row['diff']:+.1f})" for row in some)
+        parts.append(f"Significantly {words} the full method: {named or 'none'}.")
+    within = [row for row in rows if row["p"] >= 0.05]
+    if within:
+        widest = max(abs(row["diff"]) for row in within)
+        parts.append(f"The other {len(within)} rows cannot be told from it on these data (differences up to {widest:.1f} points).")
+    return " ".join(parts)
 
 
 def main(argv=None):

@@ -39,10 +39,10 @@ class DataError(Exception):
 
 
 def run(main):
-    """Run a stage: a DataError becomes one line on stderr and exit status 2, a bug keeps its traceback (1)."""
+    """Run a stage: a DataError or a forbidden file becomes one line on stderr and exit status 2, a bug keeps its traceback (1)."""
     try:
         sys.exit(main())
-    except DataError as error:
+    except (DataError, PermissionError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

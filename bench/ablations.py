@@ -13,7 +13,6 @@ Usage   make ablations DATA_SOURCE=miracl DATA_ROOT=../shared/data/minimiracl LA
         python bench/ablations.py --data data/minimiracl --run runs/minimiracl --encoder models/minimiracl --rows "full method" "batch of 8"
 Cost    in OUT under "hours": wall time of the rows on two cores, two at a time
 """
-import functools
 import json
 import os
 import shlex
@@ -158,7 +157,8 @@ def one_run(args, name, seed):
         of_lang = path.name.split(".")[-2]
         values[of_lang] = evaluation.measure(evaluation.read_qrels(Path(args.data) / "qrels/dev" / f"{of_lang}.tsv"), evaluation.read_run(path))
     with atomic(score_path(args, name, seed)) as temporary:
-        temporary.write_text(json.dumps({"values": values, "seconds": round(time.time() - started)}), "utf-8")
+        temporary.write_text(json.dumps({"values": values, "train_queries": sum(1 for _ in read_lines(args.work / f"{negatives}.jsonl")),
+                                         "seconds": round(time.time() - started)}), "utf-8")
     shutil.rmtree(folder)
     say(f"{name}, seed {seed}: nDCG@10 {100 * average(values, 'ndcg@10'):.1f}, {time.time() - started:.0f} s")
 
@@ -172,11 +172,6 @@ def load_evaluation():
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@functools.cache
-def count_lines(path):
-    return sum(1 for _ in read_lines(path))
 
 
 def average(values, measure):
@@ -199,7 +194,7 @@ def summarise(args, settings):
         ndcg = [average(s["values"], "ndcg@10") for s in of_row]
         compared = name != FULL and seeds[name] == seeds[FULL]
         rows.append({"name": name, "group": group, "negatives": negatives, "flags": flags, "seeds": len(of_row),
-                     "train_queries": count_lines(args.work / f"{negatives}.jsonl"),
+                     "train_queries": of_row[0]["train_queries"],
                      "ndcg@10": round(100 * float(np.mean(ndcg)), 2), "sd": round(100 * float(np.std(ndcg, ddof=1)), 2) if len(ndcg) > 1 else None,
                      "recall@100": round(100 * float(np.mean([average(s["values"], "recall@100") for s in of_row])), 2),
                      "diff": round(100 * float(np.mean(ndcg) - full), 2) if compared else None,

@@ -80,6 +80,7 @@ def inputs(made):
     """{name: its records}, for the negatives of every row."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "stage", here)
+        patch.setattr(bench, "NEGATIVES", 1)  # so that no query of this small cut is left out
         bench.make_inputs(parsed(made, made / "inputs"), NAMES)
     return {name: read(made / f"inputs/{name}.jsonl") for name in NAMES}
 
@@ -113,6 +114,7 @@ def test_mined_negatives_follow_their_strategy(made, inputs):
 def test_limits_of_strategies_are_of_the_mean_cosine_whatever_the_number_of_retrievers(made, inputs, tmp_path, monkeypatch):
     shutil.copytree(made / "encoder", tmp_path / "twin")
     monkeypatch.setattr(bench, "stage", here)
+    monkeypatch.setattr(bench, "NEGATIVES", 1)
     bench.make_inputs(parsed(made, tmp_path, "--retrievers", "bm25", made / "encoder", tmp_path / "twin"), ["margin"])
     assert [docids(r["negative_passages"]) for r in read(tmp_path / "margin.jsonl")] == [docids(r["negative_passages"]) for r in inputs["margin"]]
 
@@ -125,6 +127,13 @@ def test_false_negatives_that_the_data_knows_are_not_masked_for_mined_negatives(
     monkeypatch.setattr(bench, "stage", here)
     bench.make_inputs(parsed(made, tmp_path / "work", "--data", tmp_path / "data"), ["topk"])
     assert read(tmp_path / "work/topk.jsonl") == inputs["topk"]
+
+
+def test_a_query_with_fewer_negatives_than_a_step_takes_is_left_out(made, inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "stage", here)
+    bench.make_inputs(parsed(made, tmp_path), ["filtered"])
+    kept = [r for r in inputs["filtered"] if len(r["negative_passages"]) >= 7]
+    assert read(tmp_path / "filtered.jsonl") == kept and len(kept) < 12
 
 
 def test_filtered_negatives_are_candidates_and_peoples_without_the_false_ones(made, inputs):
@@ -184,7 +193,8 @@ def test_a_stage_that_fails_ends_the_whole_with_its_own_words():
         bench.stage(ROOT / "05_train.py", "--no-such-flag")
 
 
-def test_a_file_of_the_run_that_changed_is_read_again_whatever_its_date(made, tmp_path):
+def test_a_file_of_the_run_that_changed_is_read_again_whatever_its_date(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "NEGATIVES", 1)
     shutil.copytree(made / "run", tmp_path / "run")
     args = parsed(made, tmp_path / "work", "--run", tmp_path / "run")
     bench.make_inputs(args, ["filtered"])
@@ -257,7 +267,7 @@ def invented(made, monkeypatch):
 def scores(**langs):
     """A file of WORK/scores: the nDCG@10 of the queries of each language."""
     return json.dumps({"values": {lang: {f"{lang}{i}": {"ndcg@10": x, "recall@100": 1.0} for i, x in enumerate(of_lang)}
-                                  for lang, of_lang in langs.items()}, "seconds": 90})
+                                  for lang, of_lang in langs.items()}, "train_queries": 12, "seconds": 90})
 
 
 def test_rows_run_in_parts_and_none_twice(made, tmp_path, invented):
@@ -334,4 +344,6 @@ def test_the_table_marks_what_is_significant_and_shows_the_papers_difference(sum
                           "| *Tables 3, 5, 6* |" + " |" * 8,
                           "| no stage 2 | 42.5 | 10.6 | **-25.0** | 0.013 | -2.1 | 100.0 | 50.0 | 35.0 |"]
     assert lines[-1].startswith("3 dev queries, 2 seeds, 2 epochs; bold: p < 0.05.")
-    assert all(line.count("|") == 10 for line in lines[:-2])
+    assert lines[-3] == ("Significantly below the full method: no stage 2 (-25.0). Significantly above the full method: none. The other 1 rows "
+                         "cannot be told from it on these data (differences up to 20.0 points).")
+    assert all(line.count("|") == 10 for line in lines[:-4])

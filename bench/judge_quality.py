@@ -272,7 +272,7 @@ def table(result):
                                        (("sd", "{:.1f}"), ("gain", "{:+.1f}"), ("precision", "{:.2f}"), ("recall", "{:.2f}")))]
         lines.append(f"| {name} | {'' if c['judge'] in ('none', 0) else c['drop_at']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + (f"\n\nPrecision and recall of what is removed, beside the known false negatives; before training: "
-                               f"{100 * result['start']['ndcg@10']:.1f}. {max(c['seeds'] for c in result['summary'])} seeds, "
+                               f"{100 * result['start']['ndcg@10']:.1f}. {max((c['seeds'] for c in result['summary']), default=0)} seeds, "
                                f"{result['settings']['epochs']} epochs.")
 
 

@@ -224,34 +224,42 @@ def removal(path, relevant):
 # --------------------------------------------------------------------------- summary and figure
 
 def summarise(result):
-    """{curve: [{judge, drop_at, weak, mean, sd, seeds, gain}], start}: over the seeds; gain is over no filter, seed by seed."""
+    """[{judge, drop_at, weak, mean, sd, seeds, gain, p, ...}] over the seeds; gain is over no filter, seed by seed, p of its t-test."""
     groups = defaultdict(dict)
     for row in result["rows"]:
         groups[row["judge"], row["drop_at"], row["weak"]][row["seed"]] = row
     without, curve = groups.get(("none", 1, False), {}), []
     for (judge, drop_at, weak), rows in groups.items():
         values = np.array([100 * r["ndcg@10"] for r in rows.values()])
-        gains = [100 * (r["ndcg@10"] - without[s]["ndcg@10"]) for s, r in rows.items() if s in without]
+        gains = [round(100 * (r["ndcg@10"] - without[s]["ndcg@10"]), 6) for s, r in rows.items() if s in without]
         total = {k: sum(r[k] for r in rows.values()) for k in ("candidates", "hidden", "removed", "right")}
         curve.append({"judge": judge, "drop_at": drop_at, "weak": weak, "mean": round(float(values.mean()), 2),
                       "sd": round(float(values.std(ddof=1)), 2) if len(values) > 1 else None, "seeds": len(values),
-                      "gain": round(float(np.mean(gains)), 2) if gains else None,
+                      "gain": round(float(np.mean(gains)), 2) if gains else None, "p": p_of(gains),
                       "precision": round(total["right"] / total["removed"], 3) if total["removed"] else None,
                       "recall": round(total["right"] / total["hidden"], 3) if total["hidden"] else None})
     return curve
+
+
+def p_of(gains):
+    """Two-sided p of the t-test that gains of several seeds are 0 on average; None for fewer than two."""
+    from scipy.stats import ttest_1samp
+    if len(gains) < 2:
+        return None
+    return float(np.mean(gains) == 0) if np.ptp(gains) == 0 else round(float(ttest_1samp(gains, 0).pvalue), 4)
 
 
 def reading(curve):
     """Two sentences: up to which error rate the filter is worth having, and what strictness does."""
     numbers = {d: sorted((c for c in curve if not isinstance(c["judge"], str) and not c["weak"] and c["drop_at"] in (d, 1 if c["judge"] == 0 else d)
                           and c["gain"] is not None), key=lambda c: c["judge"]) for d in (1, 2)}
-    if not numbers[1]:
+    if not numbers[1] or numbers[1][0]["p"] is None:
         return []
     perfect = next((c for c in numbers[1] if c["judge"] == 0), None)
-    worse = next((c for c in numbers[1] if c["gain"] < 0), None)
-    first = (f"A perfect judge is worth {perfect['gain']:+.1f} nDCG@10 over no filter; " if perfect else "") + (
-        f"from an error rate of {100 * worse['judge']:.0f}% on, filtering at --drop-at 1 is worse than none ({worse['gain']:+.1f})." if worse
-        else f"at every error rate tried, up to {100 * numbers[1][-1]['judge']:.0f}%, filtering at --drop-at 1 is better than none.")
+    worse = next((c for c in numbers[1] if c["gain"] < 0 and c["p"] < 0.05), None)
+    first = (f"A perfect judge is worth {perfect['gain']:+.1f} nDCG@10 over no filter (p = {perfect['p']:.2g} over the seeds); " if perfect else "") + (
+        f"from an error rate of {100 * worse['judge']:.0f}% on, filtering at --drop-at 1 is measurably worse than none ({worse['gain']:+.1f})." if worse
+        else f"at no error rate tried, up to {100 * numbers[1][-1]['judge']:.0f}%, is filtering at --drop-at 1 measurably worse than none.")
     pairs = [(a, b) for a in numbers[1] for b in numbers[2] if a["judge"] == b["judge"] != 0]
     if not pairs:
         return [first]

@@ -147,4 +147,4 @@ def test_a_stopped_run_goes_on_with_the_rows_that_are_missing(bench, tmp_path, m
     assert len(asked) == 10
     from common import DataError
     with pytest.raises(DataError, match="other settings"):
-        bench.main([*command, "--epochs", "3"])
+        bench.main([*command, "--epochs", "4"])

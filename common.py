@@ -47,6 +47,8 @@ def run(main):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        leave()
 
 
 class Parser(argparse.ArgumentParser):
@@ -786,6 +788,13 @@ def gather(value):
     values = [None] * world()[1]
     dist.all_gather_object(values, value)
     return values
+
+
+def leave():
+    """Take leave of the other processes: one that ends without may be aborted by threads of the group that still run."""
+    dist = sys.modules.get("torch.distributed")
+    if dist and dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def together(work):

@@ -2,10 +2,10 @@
 # make all DATA_SOURCE=miracl LANGS="sw te" RETRIEVERS="intfloat/multilingual-e5-large BAAI/bge-m3" FUSION=concat ENCODER=BAAI/bge-m3 LLM=NAME
 #                     the same on real data and models, with the server that OPENAI_BASE_URL and OPENAI_API_KEY name
 # make miracl         the paper's setting on full MIRACL: prints disk, GPU hours, calls, tokens, money, and stops; CONFIRM=1 starts it
-# make test           the tests (5 minutes on two cores)
+# make test           the tests (10 minutes on two cores)
 # make data | candidates | filtered | augmented | topics | model | eval     up to one stage
 # make ablations      the rows of the paper's tables on $(DATA) and $(RUN), three seeds; resumable, under two hours on two cores
-# make judge-quality  how good must the judge be? a labelled simulation on $(DATA); resumable, half an hour on two cores
+# make judge-quality  how good must the judge be? a labelled simulation on $(DATA); resumable, under half an hour on two cores
 # make bench          memory and speed of mining, judging and training; half an hour on two cores
 # make sample         write sample/data and sample/truth again from the fact tables, to the same bytes
 # make clean          remove what `make all` made for $(DATA) and $(RUN); the cache of embeddings and answers stays

@@ -134,11 +134,11 @@ $(RUN)/eval/metrics.json: $(RUN)/model FORCE
 
 ablations: $(RUN)/topics.jsonl
 	$(PY) bench/ablations.py --data $(DATA) --run $(RUN) --encoder $(ENCODER) --retrievers $(RETRIEVERS) --fusion $(FUSION) --llm $(LLM) --target $(N) \
-		$(if $(LANGS),--lang $(LANGS)) $(if $(TRAIN),--train-flags="$(TRAIN)") --cache $(CACHE)
+		$(if $(LANGS),--lang $(LANGS)) --train-flags="$(TRAIN)" --cache $(CACHE)
 
 judge-quality: $(DATA)/train.jsonl $(SMALL)
 	$(PY) bench/judge_quality.py --data $(DATA) $(if $(filter sample,$(DATA_SOURCE)),--truth sample/truth) --encoder $(ENCODER) \
-		$(if $(LANGS),--lang $(LANGS)) $(JUDGE) --out results/judge-quality-$(NAME)
+		$(if $(LANGS),--lang $(LANGS)) $(if $(SMALL),,--train-flags lr=2e-6) $(JUDGE) --out results/judge-quality-$(NAME)
 
 bench: .venv/installed
 	$(PY) bench/mine_million.py --work runs/million

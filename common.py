@@ -585,7 +585,6 @@ class Encoder:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         keep_blocks(64)
-        torch.set_float32_matmul_precision("medium")  # 1.8x on AMD CPUs, differences of 5e-6
         try:
             model = AutoModel.from_pretrained(self.folder, dtype=torch.float32).to(self.device).eval()
         except Exception as error:  # safetensors and the model classes raise their own kinds
@@ -890,18 +889,6 @@ def unit(vectors):
     return (wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12)).astype(np.float16)
 
 
-@contextlib.contextmanager
-def full_float32():
-    """float32 products as such, not in the faster bf16 or TF32 that is good enough for encoding."""
-    import torch
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 class Ensemble:
     """One or more retrievers over one language's corpus at a time (Sec. 3.3, V = E(f_1) o ... o E(f_z)).
 
@@ -1030,7 +1017,7 @@ class Ensemble:
         best = {key: Best(weights, len(queries), depth, below) for key, (weights, depth, below) in lists.items()}
         longest = {n: float(np.linalg.norm(v.astype(np.float32), axis=1).max()) for n, v in vectors.items()}
         first_row = np.cumsum([0, *map(len, docids)])
-        with torch.inference_mode(), full_float32():
+        with torch.inference_mode():
             asked = {n: torch.from_numpy(v).to(self.device).float() for n, v in vectors.items()}   # (N, D)
             for s in range(rank, len(docids), size):
                 block, ids = {n: self._block(n, shards[n][s]) for n in shards}, docids[s].load()   # (m, D), (m,)

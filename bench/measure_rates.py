@@ -100,7 +100,7 @@ def measure_speeds(folder, lengths):
     from conftest import load_stage
     from train_speed import make_encoder
 
-    from common import QUERY_BLOCK, SHARD, Best, Encoder, full_float32, unit
+    from common import QUERY_BLOCK, SHARD, Best, Encoder, unit
     make_encoder(folder, LAYERS, WIDTH)
     encoder, train, draw, cores = Encoder(str(folder), "cpu"), load_stage("05_train"), np.random.default_rng(13), os.cpu_count()
     texts = [" ".join(["w1"] * (n - 2)) for n in draw.choice(lengths, 24)]  # its tokenizer adds no special tokens
@@ -120,7 +120,7 @@ def measure_speeds(folder, lengths):
     def search(shard):
         wide = torch.from_numpy(np.array(shard)).float()
         best.offer(0, {"m": asked @ wide.T}, {"m": 2e-5}, {"m": queries}, {"m": shard}, 0, docids)
-    with torch.inference_mode(), full_float32():
+    with torch.inference_mode():
         search(shards[0])  # fills the lists; a corpus has hundreds of shards
         seconds = cpu_seconds(lambda: [search(shard) for shard in shards[1:]]) / cores
         rates["search_pairs_per_s"] = 3 * QUERY_BLOCK * SHARD / seconds, f"`Best` of 01, queries x passages x encoders, {WIDTH:,} dimensions"

@@ -32,8 +32,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (DataError, Output, Parser, check_passage, check_text, corpus_files, corpus_languages, digest_file,
-                    dump, parse_line, progress, read_lines, read_queries, run, say)
+from common import (DataError, Output, Parser, check_passage, check_text, corpus_files, corpus_languages,
+                    digest_file, dump, parse_line, progress, read_lines, read_queries, run, say)
 
 SAMPLE = Path(__file__).resolve().parent / "sample" / "data"
 SPLITS = ("train", "dev")

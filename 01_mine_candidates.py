@@ -15,8 +15,10 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-from common import (SETTINGS_HELP, DataError, Ensemble, Output, Parser, corpus_files, dump, fetch_passages, normalise,
-                    positive_int, read_queries, run, say, world)
+from common import (DataError, Output, Parser, corpus_files, dump, fetch_passages, normalise, positive_int,
+                    read_queries, run, say)
+from encoder import SETTINGS_HELP
+from search import Ensemble, world
 
 EXTRA = 24  # passages asked for beyond --depth at first, to stand in for those that are not allowed
 

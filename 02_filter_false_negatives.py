@@ -21,8 +21,8 @@ import json
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from common import (LLM, DataError, Output, Parser, dump, in_order, judge_candidates, judge_flags, parse_line, progress,
-                    read_lines, read_queries, run, say)
+from common import DataError, Output, Parser, dump, parse_line, progress, read_lines, read_queries, run, say
+from llm import LLM, in_order, judge_candidates, judge_flags
 
 BATCH_REQUESTS, BATCH_BYTES = 50_000, 200_000_000  # OpenAI's limits of one batch file
 ANSWER_TOKENS = 16  # of one judgment

@@ -20,7 +20,8 @@ import random
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from common import LLM, DataError, Parser, atomic, dump, in_order, judge_candidates, judge_flags, positive_int, progress, read_queries, run, say
+from common import DataError, Parser, atomic, dump, positive_int, progress, read_queries, run, say
+from llm import LLM, in_order, judge_candidates, judge_flags
 
 SHEET = ["item", "lang", "question", "known answer", "title", "passage", "relevant"]
 

@@ -28,8 +28,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from common import (LANGUAGES, LLM, DataError, Output, Parser, atomic, dump, in_order, labelled, model_folder, parse_line, pick_device,
-                    positive_int, progress, read_lines, run, say)
+from common import (LANGUAGES, DataError, Output, Parser, atomic, dump, parse_line, positive_int, progress,
+                    read_lines, run, say)
+from encoder import model_folder, pick_device
+from llm import LLM, in_order, labelled
 
 SUMMARISATION = re.compile(r"summar|condense|shorten|key (?:point|idea|takeaway)|main (?:point|idea)|in a nutshell|gist", re.IGNORECASE)
 

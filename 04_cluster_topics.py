@@ -12,7 +12,8 @@ from itertools import islice
 
 import numpy as np
 
-from common import Encoder, Output, Parser, passage_text, positive_int, progress, read_queries, run, say
+from common import Output, Parser, passage_text, positive_int, progress, read_queries, run, say
+from encoder import Encoder
 
 BLOCK = 8_192       # queries embedded and cached at a time; bounds memory, does not change the result
 FIT = 65_536        # clusters are fitted to at most so many queries, drawn by the seed; all queries are then assigned

@@ -27,8 +27,9 @@ from itertools import islice
 from pathlib import Path
 
 # before torch: it sets OMP_WAIT_POLICY, which torch reads when it loads
-from common import (DataError, Encoder, Output, Parser, atomic, dump, keep_blocks, normalise, open_text, parse_query, passage_text, positive_int,
-                    progress, run, say)
+from common import (DataError, Output, Parser, atomic, dump, normalise, open_text, parse_query, passage_text,
+                    positive_int, progress, run, say)
+from encoder import Encoder, keep_blocks
 
 import numpy as np  # isort: skip
 import torch  # isort: skip

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (DataError, Ensemble, Output, Parser, atomic, check_passage, corpus_files, parse_line, positive_int,
+from common import (DataError, Output, Parser, atomic, check_passage, corpus_files, parse_line, positive_int,
                     read_lines, read_queries, run, say, short_name)
+from search import Ensemble
 
 MEASURES = {"ndcg@10": "ndcg_cut_10", "recall@100": "recall_100"}
 DRAWS = 1000  # bootstrap samples behind the 95% interval

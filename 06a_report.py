@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common import LANGUAGES, DataError, Output, Parser, atomic, parse_line, read_lines, read_queries, run, short_name
+from common import (LANGUAGES, DataError, Output, Parser, atomic, parse_line, read_lines, read_queries, run,
+                    short_name)
 
 LANGS = "ar bn en es fa fi fr hi id ja ko ru sw te th zh".split()  # the paper's order
 PAPER_NDCG = {name: dict(zip(["avg", *LANGS], map(float, row.split()))) for name, row in {  # Table 1, nDCG@10

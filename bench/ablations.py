@@ -29,8 +29,9 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import (DataError, Parser, atomic, digest_file, digest_folder, dump, model_folder, positive_int, read_lines, read_queries, run, say,
-                    short_name)
+from common import (DataError, Parser, atomic, digest_file, digest_folder, dump, positive_int, read_lines,
+                    read_queries, run, say, short_name)
+from encoder import model_folder
 
 STAND_IN = "offline-stand-in"
 MIXED, UNWEIGHTED = ["--no-same-language", "--no-topic-balance"], ["--weighting", "none"]

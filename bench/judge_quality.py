@@ -34,8 +34,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import (DataError, Parser, atomic, corpus_files, dump, passage_text, positive_int, read_lines, read_passages,
-                    read_queries, run, say)
+from common import (DataError, Parser, atomic, corpus_files, dump, passage_text, positive_int, read_lines,
+                    read_passages, read_queries, run, say)
 
 NEGATIVES = 7  # hard negatives a query and step (Sec. 4.1)
 

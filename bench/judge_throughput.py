@@ -76,7 +76,7 @@ async def bare(url, kind, n_calls, concurrency):
     import httpx2
     import openai
 
-    from common import JUDGMENT, judge_messages
+    from llm import JUDGMENT, judge_messages
     prompts = [judge_messages(r["query"], r["lang"], [c], r["positive_passages"][0]) for r in records(n_calls) for c in r["candidate_passages"]]
     http = None if kind == "create" else openai.DefaultAioHttpClient(limits=httpx2.Limits(max_connections=concurrency))
     client = openai.AsyncOpenAI(base_url=url, api_key="x", http_client=http, timeout=120)

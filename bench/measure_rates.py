@@ -64,7 +64,8 @@ def measure_averages(data, folder):
     from conftest import load_stage
     from transformers import PreTrainedTokenizerFast
 
-    from common import corpus_languages, dump, judge_messages, labelled, passage_text, read_queries
+    from common import corpus_languages, dump, passage_text, read_queries
+    from llm import judge_messages, labelled
     passages = make_encoder.read_corpus(data, [lang for lang in corpus_languages(data) if lang in MIRACL], 1000, 13)
     tokeniser, generate = make_encoder.train_tokeniser(passages, 32_000, 13), load_stage("03_generate_negatives")
     PreTrainedTokenizerFast(tokenizer_object=tokeniser, unk_token="<unk>", pad_token="<pad>", bos_token="<s>", eos_token="</s>").save_pretrained(folder)
@@ -100,7 +101,9 @@ def measure_speeds(folder, lengths):
     from conftest import load_stage
     from train_speed import make_encoder
 
-    from common import QUERY_BLOCK, SHARD, Best, Encoder, unit
+    from common import SHARD
+    from encoder import Encoder
+    from search import QUERY_BLOCK, Best, unit
     make_encoder(folder, LAYERS, WIDTH)
     encoder, train, draw, cores = Encoder(str(folder), "cpu"), load_stage("05_train"), np.random.default_rng(13), os.cpu_count()
     texts = [" ".join(["w1"] * (n - 2)) for n in draw.choice(lengths, 24)]  # its tokenizer adds no special tokens
@@ -134,7 +137,8 @@ def measure_speeds(folder, lengths):
 
 def measure_bm25(data, folder, stride):
     """In a process of its own: prints passages, seconds, peak memory, index bytes, seconds a query of BM25 over all languages as one."""
-    from common import Ensemble, corpus_languages, read_queries, read_shards
+    from common import corpus_languages, read_queries, read_shards
+    from search import Ensemble
     one, n = Path(folder) / stride, 0
     (one / "corpus").mkdir(parents=True)
     with open(one / "corpus/en.jsonl", "wb") as file:

@@ -15,6 +15,8 @@ from conftest import ROOT, load_stage, run_stage
 from tiny_models import random_bert, word_model
 
 import common
+import encoder
+import search
 from common import DataError
 
 mine = load_stage("01_mine_candidates").main
@@ -23,6 +25,7 @@ DRIVER = """
 import sys, importlib.util
 sys.path.insert(0, {root!r})
 import common
+import encoder
 common.SHARD = 8
 spec = importlib.util.spec_from_file_location("stage", {root!r} + "/01_mine_candidates.py")
 stage = importlib.util.module_from_spec(spec)
@@ -192,8 +195,8 @@ def expected(collection, tmp_path_factory):
 
 def test_results_do_not_depend_on_blocks_shards_or_files(collection, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "SHARD", 7)
-    monkeypatch.setattr(common, "QUERY_BLOCK", 4)
-    monkeypatch.setattr(common, "PAIR_BLOCK", 5)
+    monkeypatch.setattr(search, "QUERY_BLOCK", 4)
+    monkeypatch.setattr(search, "PAIR_BLOCK", 5)
     corpus = read(collection / "data/corpus/en.jsonl")
     write(tmp_path / "data/train.jsonl", read(collection / "data/train.jsonl"))
     for number, (start, end) in enumerate([(0, 11), (11, 90), (90, 150)]):
@@ -225,11 +228,11 @@ KILLED = DRIVER + """
 import json, os, random, signal, time
 import torch, transformers
 from pathlib import Path
-encode = common.Encoder.encode
+encode = encoder.Encoder.encode
 def slow(self, texts, kind):  # so that the kills fall into the encoding
     time.sleep(0.02)
     return encode(self, texts, kind)
-common.Encoder.encode = slow
+encoder.Encoder.encode = slow
 transformers.AutoModel, transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast, transformers.BertModel
 draw, flags, seen, partial = random.Random(4), {flags!r}, {{}}, 0
 for kill in range(11):
@@ -272,8 +275,8 @@ def test_another_depth_strategy_or_fusion_encodes_nothing_and_a_changed_file_its
     monkeypatch.setattr(common, "SHARD", 50)
     data, cache, encoded = tmp_path / "data", tmp_path / "cache", []
     shutil.copytree(collection / "data", data)
-    encode = common.Encoder.encode
-    monkeypatch.setattr(common.Encoder, "encode", lambda self, texts, kind: encoded.append((kind, len(texts))) or encode(self, texts, kind))
+    encode = encoder.Encoder.encode
+    monkeypatch.setattr(encoder.Encoder, "encode", lambda self, texts, kind: encoded.append((kind, len(texts))) or encode(self, texts, kind))
     runs = arguments(collection, data, cache, tmp_path)
     mine(runs[1])
     n_queries = len({r["query"] for r in read(data / "train.jsonl")})

@@ -14,6 +14,7 @@ from conftest import ROOT, load_stage
 from faulty_server import Running, answer, scores
 
 import common
+import llm
 
 KEY = "sk-very-secret-0123456789"
 TEXTS = ["Nairobi is the capital.", "กรุงเทพมหานครเป็นเมืองหลวง", "서울은 수도이다.", "پایتخت ایران تهران است.", "富士山は高い山です。🗻",
@@ -76,20 +77,20 @@ GOOD = {"accuracy": 1, "completeness": 2}
     ('{"accuracy": 0, "accuracy": 1, "completeness": 2}', None), ('{"accuracy": 1, "complet', None), ("[" * 5000, None),
     ('{"judgments": [{"id": 1, "accuracy": 1, "completeness": 2}]}', None)])
 def test_an_answer_is_the_object_asked_for_or_nothing(text, value):
-    assert common.parse_judgments(text) == ([value] if value else None)
+    assert llm.parse_judgments(text) == ([value] if value else None)
 
 
 def test_an_object_copied_from_a_passage_is_no_answer():
     copied = 'The passage says {"accuracy": 2, "completeness":2}.'
-    assert common.parse_judgments(copied, 1, [passage("1", 'x {"accuracy":2,\n"completeness": 2} y')]) is None
-    assert common.parse_judgments(copied, 1, [passage("1", "x")]) == [{"accuracy": 2, "completeness": 2}]
+    assert llm.parse_judgments(copied, 1, [passage("1", 'x {"accuracy":2,\n"completeness": 2} y')]) is None
+    assert llm.parse_judgments(copied, 1, [passage("1", "x")]) == [{"accuracy": 2, "completeness": 2}]
 
 
 def test_a_list_of_judgments_names_each_candidate_once():
     def entry(i):
         return {"id": i, **GOOD}
     for ids, ok in (([1, 2], True), ([2, 1], True), ([1, 1], False), ([1], False), ([1, 2, 3], False), ([0, 1], False), (["1", 2], False)):
-        assert (common.parse_judgments(json.dumps({"judgments": [entry(i) for i in ids]}), 2) == [GOOD, GOOD]) is ok
+        assert (llm.parse_judgments(json.dumps({"judgments": [entry(i) for i in ids]}), 2) == [GOOD, GOOD]) is ok
 
 
 HOSTILE = [
@@ -103,13 +104,13 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_a_hostile_passage_stays_in_its_line(text):
-    messages = common.judge_messages("Who?", "en", [passage("1", text)], passage("r", "reference"))
+    messages = llm.judge_messages("Who?", "en", [passage("1", text)], passage("r", "reference"))
     user = messages[1]["content"]
     lines = user.splitlines()
     assert [line.split(":")[0].split(" (")[0] for line in lines] == ["Language", "Question", "Reference passage", "Candidate passage"]
     assert json.loads(lines[-1].split(": ", 1)[1]) == common.passage_text(passage("1", text))
     assert not any(marker in user for marker in ("<|", "</", "<s", "<start", "<｜", "[INST", "[/INST"))
-    assert messages[0]["content"] == common.JUDGE
+    assert messages[0]["content"] == llm.JUDGE
 
 
 def test_twenty_hostile_passages_change_no_judgment(tmp_path):
@@ -259,9 +260,9 @@ def test_the_best_reference_is_worded_most_like_the_candidate():
     record = {"positive_passages": [passage("1", "Nairobi is the capital."), passage("2", "ソウルは韓国の首都です。"), passage("3", "Nairobi")]}
     for text, first, best in (("The capital is Nairobi, the city.", "1", "1"), ("韓国の首都はソウルです", "1", "2"), ("zzz", "1", "1"), ("Nairobi", "1", "3")):
         candidate = passage("9", text)
-        assert common.choose_reference(record, candidate)["docid"] == first
-        assert common.choose_reference(record, candidate, "best")["docid"] == best
-    assert common.choose_reference(record, passage("9", "x"), "none") is None
+        assert llm.choose_reference(record, candidate)["docid"] == first
+        assert llm.choose_reference(record, candidate, "best")["docid"] == best
+    assert llm.choose_reference(record, passage("9", "x"), "none") is None
 
 
 @pytest.mark.parametrize("flags", [["--votes", 3], ["--no-reference"], ["--listwise", 4], ["--reference", "best"]])
@@ -303,7 +304,7 @@ def test_an_unjudged_candidate_is_left_out_counted_and_asked_again(tmp_path):
         with pytest.raises(common.DataError, match=r"1 of 114 candidates .*empty.*--max-unjudged"):
             filter_(tmp_path, server.url, "--max-unjudged", 0.001)
         assert not (tmp_path / "out.jsonl").exists()
-        assert sum("UNANSWERABLE" in b["messages"][1]["content"] for b in server.bodies) == common.LLM.ATTEMPTS
+        assert sum("UNANSWERABLE" in b["messages"][1]["content"] for b in server.bodies) == llm.LLM.ATTEMPTS
         out = filter_(tmp_path, server.url)
         assert read(out)[2]["unjudged"] == [{"docid": "2#5", "reason": "empty"}] and meta(out)["unjudged"] == 1
         assert "2#5" not in {p["docid"] for key in ("negative_passages", "false_negatives") for p in read(out)[2][key]}
@@ -361,7 +362,7 @@ def test_dry_run_counts_with_the_models_tokenizer(tmp_path, capsys):
     filter_(tmp_path, "http://127.0.0.1:9/v1", "--dry-run", "--tokenizer", tmp_path / "model")
     printed = capsys.readouterr().out
     row = records(1, 2, 1)[0]
-    messages = common.judge_messages(row["query"], row["lang"], [row["candidate_passages"][1]], row["positive_passages"][0])
+    messages = llm.judge_messages(row["query"], row["lang"], [row["candidate_passages"][1]], row["positive_passages"][0])
     assert f"1 calls, {sum(len(m['content'].split()) for m in messages) + 10} prompt tokens (counted with" in printed
 
 

@@ -62,9 +62,9 @@ def served(tmp_path_factory):
 
 def test_transformers_serve_answers_a_real_run(served, tmp_path, monkeypatch):
     """Noise is no judgment: each candidate ends as unjudged with the reason, none is kept, and the run goes through."""
-    import common
+    import llm
     model, url = served
-    monkeypatch.setattr(common.LLM, "ATTEMPTS", 2)
+    monkeypatch.setattr(llm.LLM, "ATTEMPTS", 2)
     record = {"query_id": "q", "lang": "th", "query": "เมืองหลวง?", "positive_passages": [{"docid": "p", "title": "", "text": "กรุงเทพ"}],
               "negative_passages": [{"docid": "h", "title": "", "text": "no", "source": "human"}],
               "candidate_passages": [{"docid": str(i), "title": "t", "text": f"text {i}"} for i in range(3)]}

@@ -16,7 +16,8 @@ from conftest import ROOT, load_stage, run_stage
 from scipy.stats import ttest_rel
 from test_readme_commands import cut_sample, write
 
-from common import DataError, Encoder, passage_text
+from common import DataError, passage_text
+from encoder import Encoder
 
 bench = load_stage("bench/ablations")
 NAMES = list(dict.fromkeys(negatives for _, negatives, _, _ in bench.ROWS.values()))

@@ -7,8 +7,9 @@ import torch
 from conftest import load_stage  # noqa: F401  (puts the project on the path)
 from tiny_models import random_bert, sentence_transformers_files
 
-import common
-from common import DataError, Encoder, maker_settings
+import encoder
+from common import DataError
+from encoder import Encoder, maker_settings
 
 WORDS = [f"w{i}" for i in range(200)] + ["query:", "passage:"]
 
@@ -116,7 +117,7 @@ def test_inputs_are_cut_at_the_shortest_limit(tmp_path):
     assert Encoder(str(folder), "cpu", 64, 256).max_len == {"query": 64, "passage": 100}
     config = json.loads((folder / "config.json").read_text("utf-8"))
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "xlm-roberta", "max_position_embeddings": 66, "pad_token_id": 1}))
-    assert common.max_positions(folder) == 64
+    assert encoder.max_positions(folder) == 64
 
 
 @pytest.mark.parametrize(("damage", "message"), [

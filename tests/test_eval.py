@@ -172,12 +172,13 @@ def test_significance_is_the_paired_t_test_and_the_interval_holds_the_difference
 
 
 def test_one_more_model_or_language_encodes_and_searches_only_what_is_new(made, stage, monkeypatch, tmp_path, capfd):
-    import common
+    import encoder
+    import search
     done = []
-    search, load, encode = common.Ensemble.search, common.Encoder.__init__, common.Encoder.encode
-    monkeypatch.setattr(common.Ensemble, "search", lambda self, lang, *a, **k: done.append(("search", self.names[0], lang)) or search(self, lang, *a, **k))
-    monkeypatch.setattr(common.Encoder, "__init__", lambda self, name, *a, **k: done.append(("load", name[-1])) or load(self, name, *a, **k))
-    monkeypatch.setattr(common.Encoder, "encode", lambda self, texts, kind, *a, **k: done.append(("encode", self.name, kind)) or encode(self, texts, kind, *a, **k))
+    find, load, encode = search.Ensemble.search, encoder.Encoder.__init__, encoder.Encoder.encode
+    monkeypatch.setattr(search.Ensemble, "search", lambda self, lang, *a, **k: done.append(("search", self.names[0], lang)) or find(self, lang, *a, **k))
+    monkeypatch.setattr(encoder.Encoder, "__init__", lambda self, name, *a, **k: done.append(("load", name[-1])) or load(self, name, *a, **k))
+    monkeypatch.setattr(encoder.Encoder, "encode", lambda self, texts, kind, *a, **k: done.append(("encode", self.name, kind)) or encode(self, texts, kind, *a, **k))
     cache, out = ["--cache", tmp_path / "cache"], tmp_path / "eval"
     evaluate(stage, made, out, made / "a", *cache)
     assert done.count(("load", "a")) == 1  # for two languages

@@ -145,7 +145,7 @@ def test_the_trained_model_gives_the_same_vectors_in_sentence_transformers(made)
     """Also with prefixes and CLS pooling, which the model folder must carry along."""
     from sentence_transformers import SentenceTransformer
 
-    from common import Encoder
+    from encoder import Encoder
     encoder = Encoder(str(made / "run/model"), "cpu")
     encoder.prefix, encoder.pooling = {"query": "query: ", "passage": "passage: "}, "cls"
     encoder.save(made / "prefixed")

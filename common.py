@@ -1,12 +1,19 @@
-"""The interface of the stages: records and their files, arguments, errors, progress, outputs that are finished or not there."""
+"""The interface of the stages: command line, errors, records, and outputs that are finished or not there.
+
+Records are checked when they are read; an output appears whole or not at all, with a `.meta.json` beside it
+that says what it was made from.
+"""
 import argparse
 import contextlib
 import gzip
 import hashlib
+import itertools
 import json
+import math
 import os
 import re
 import resource
+import shutil
 import sys
 import time
 import unicodedata
@@ -16,22 +23,29 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads are 10-100x slower on a busy machine
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # torch keeps code and buffers of 1024 shapes: 0.6 GB that
-    os.environ.setdefault(cache, "64")                                   # texts of every length fill, little of it used twice
+# torch keeps code and buffers of 1,024 shapes: 0.6 GB that texts of every length fill, seldom used twice
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 
-LANGUAGES = {"ar": "Arabic", "bn": "Bengali", "de": "German", "en": "English", "es": "Spanish", "fa": "Persian",
-             "fi": "Finnish", "fr": "French", "hi": "Hindi", "id": "Indonesian", "ja": "Japanese", "ko": "Korean",
-             "ru": "Russian", "sw": "Swahili", "te": "Telugu", "th": "Thai", "yo": "Yoruba", "zh": "Chinese"}
+LANGUAGES = {"ar": "Arabic", "bn": "Bengali", "de": "German", "en": "English", "es": "Spanish",
+             "fa": "Persian", "fi": "Finnish", "fr": "French", "hi": "Hindi", "id": "Indonesian",
+             "ja": "Japanese", "ko": "Korean", "ru": "Russian", "sw": "Swahili", "te": "Telugu",
+             "th": "Thai", "yo": "Yoruba", "zh": "Chinese"}
+LANG = re.compile("[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8})*")  # it names files and stands in prompts
+SHARD = 16_384  # passages encoded, cached and searched at a time; bounds memory, does not change results
+MADE_BY = {"train": "00_prepare_data.py", "dev": "00_prepare_data.py", "candidates": "01_mine_candidates.py",
+           "filtered": "02_filter_false_negatives.py", "augmented": "03_generate_negatives.py",
+           "topics": "04_cluster_topics.py"}
 
 
-# --------------------------------------------------------------------------- command line, errors, progress
+# --------------------------------------------------------------------------- errors
 
 class DataError(Exception):
     """Bad input or usage, told to the user in one line: `file:line: what is wrong; remedy`."""
 
 
 def run(main):
-    """Run a stage: a DataError or a forbidden file becomes one line on stderr and exit status 2, a bug keeps its traceback (1)."""
+    """Run a stage and exit: 0 done; 1 a bug, with its traceback; 2 bad input, in one line; 130 Ctrl-C."""
     try:
         sys.exit(main())
     except (DataError, PermissionError) as error:
@@ -40,8 +54,17 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
-        leave()
+        leave_group()
 
+
+def leave_group():
+    """Leave torchrun's group in good order: its threads may abort a process that just ends."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+# --------------------------------------------------------------------------- command line, progress
 
 class Parser(argparse.ArgumentParser):
     """argparse with one-line usage errors, no abbreviations, and the script's docstring in --help."""
@@ -59,7 +82,8 @@ class Parser(argparse.ArgumentParser):
     def common_flags(self):
         """The flags that mean the same in every stage."""
         self.add_argument("--seed", type=int, default=13, help="seed of every random draw")
-        self.add_argument("--limit", type=positive_int, metavar="N", help="use only the first N queries, for a trial")
+        self.add_argument("--limit", type=positive_int, metavar="N",
+                          help="use only the first N queries, for a trial")
         self.add_argument("--lang", nargs="+", metavar="CODE",
                           help="use only these languages (ISO 639-1 codes); default: all there are")
         self.add_argument("--overwrite", action="store_true",
@@ -73,6 +97,18 @@ def positive_int(text):
     return int(text)
 
 
+def positive_float(text):
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}, want a number above 0")
+    return float(text)
+
+
+def share(text):
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, want a number from 0 to 1")
+    return float(text)
+
+
 def say(*words):
     print(*words, file=sys.stderr, flush=True)
 
@@ -81,25 +117,32 @@ def progress(iterable=None, **kwargs):
     """A tqdm bar on a terminal, a line every thirty seconds elsewhere, always on stderr."""
     from tqdm import tqdm
     if not sys.stderr.isatty():
-        kwargs |= {"mininterval": 30, "delay": 30, "bar_format": "{l_bar}{n_fmt}/{total_fmt} {rate_fmt} {elapsed}<{remaining}{postfix}\n"}
+        line = "{l_bar}{n_fmt}/{total_fmt} {rate_fmt} {elapsed}<{remaining}{postfix}\n"
+        kwargs |= {"mininterval": 30, "delay": 30, "bar_format": line}
     return tqdm(iterable, file=sys.stderr, dynamic_ncols=True, **kwargs)
 
 
-# --------------------------------------------------------------------------- JSONL records (the interface)
+def peak_mb():
+    """The most memory this process has held; ru_maxrss alone may be that of the process that started it."""
+    status = Path("/proc/self/status")
+    own = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    kilobytes = int(own[1]) if own else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes >> 10
+
+
+# --------------------------------------------------------------------------- reading lines
 
 def open_text(path):
     """Open a plain or gzipped file for reading lines of bytes; DataError where it is missing."""
     path = Path(path)
     if not path.is_file():
-        made_by = {"candidates": "01_mine_candidates.py", "filtered": "02_filter_false_negatives.py",
-                   "augmented": "03_generate_negatives.py", "topics": "04_cluster_topics.py",
-                   "train": "00_prepare_data.py", "dev": "00_prepare_data.py"}.get(path.name.split(".")[0])
-        raise DataError(f"{path} not found; " + (f"make it with {made_by}" if made_by else "check the path"))
+        stage = MADE_BY.get(path.name.split(".")[0])
+        raise DataError(f"{path} not found; " + (f"make it with {stage}" if stage else "check the path"))
     return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
 
 
 def read_lines(path, blank=False):
-    """Yield (line number from 1, bytes) of the lines that are not blank (or of all); DataError for a damaged gzip file."""
+    """Yield (line number from 1, bytes) of lines that are not blank (or of all); DataError for a damaged gzip."""
     with open_text(path) as lines:
         number = 0
         try:
@@ -107,7 +150,7 @@ def read_lines(path, blank=False):
                 if blank or line.strip():
                     yield number, line
         except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path}:{number + 1}: cannot be read ({error}); fetch or make the file again") from None
+            raise DataError(f"{path}:{number + 1}: cannot be read ({error}); fetch it again") from None
 
 
 def parse_line(path, number, line):
@@ -118,24 +161,35 @@ def parse_line(path, number, line):
             json.dumps(record, ensure_ascii=False).encode()  # a lone surrogate could never be written again
     except UnicodeError as error:
         raise DataError(f"{path}:{number}: not valid UTF-8 ({error}); convert the file to UTF-8") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}:{number}: not a JSON object ({error}); is the file half-written?") from None
     if not isinstance(record, dict):
         raise DataError(f"{path}:{number}: got a JSON {type(record).__name__}, want an object a line")
     return record
 
 
+def read_json(path):
+    """The object of a model folder's JSON file, {} where there is no such file."""
+    try:
+        return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}); fetch the model again") from None
+
+
+# --------------------------------------------------------------------------- records
+
 def check_text(record, key, where, empty=False):
+    """DataError unless record[key] is a string, which must not be blank unless `empty` allows it."""
     value = record.get(key)
-    if not isinstance(value, str) or (not empty and not value.strip()):
-        got = f"{key!r} is missing" if key not in record else f"{key!r} is {json.dumps(value, ensure_ascii=False)[:40]}"
-        raise DataError(f"{where}: {got}; want a {'string' if empty else 'string that is not empty'}")
+    if not isinstance(value, str) or not (empty or value.strip()):
+        got = f"is {json.dumps(value, ensure_ascii=False)[:40]}" if key in record else "is missing"
+        raise DataError(f"{where}: {key!r} {got}; want a {'string' if empty else 'string that is not empty'}")
 
 
 def check_passage(passage, where):
     """A passage is {docid, text} and mostly a title."""
     if not isinstance(passage, dict):
-        raise DataError(f"{where}: a passage is {json.dumps(passage)[:40]}; want an object with docid, title, text")
+        raise DataError(f"{where}: a passage is {json.dumps(passage)[:40]}; want {{docid, title, text}}")
     check_text(passage, "docid", where)
     check_text(passage, "text", f"{where}: passage {passage['docid']!r}")
     if "title" in passage:
@@ -146,6 +200,8 @@ def check_query(record, where):
     """A training query in Tevatron's layout, whatever stages it has been through."""
     for key in ("query_id", "lang", "query"):
         check_text(record, key, where)
+    if not LANG.fullmatch(record["lang"]):
+        raise DataError(f"{where}: 'lang' {record['lang'][:20]!r} cannot name a file; want a code such as sw")
     for key in ("positive_passages", "negative_passages", "candidate_passages", "false_negatives"):
         passages = record.get(key, [])
         if not isinstance(passages, list):
@@ -153,11 +209,11 @@ def check_query(record, where):
         for passage in passages:
             check_passage(passage, f"{where}: {key}")
     if not record.get("positive_passages"):
-        raise DataError(f"{where}: query {record['query_id']!r} has no positive_passages; drop it or label one")
+        raise DataError(f"{where}: query {record['query_id']!r} has no positive_passages; drop it")
 
 
 def parse_query(path, number, line, lang=None):
-    """The checked record of one line; lang gives plain Tevatron records, which have none, the one language it names."""
+    """The checked record of one line; lang names the language of plain Tevatron records, which say none."""
     record = parse_line(path, number, line)
     if "lang" not in record:
         if not lang or len(lang) != 1:
@@ -171,8 +227,8 @@ def parse_query(path, number, line, lang=None):
 def read_queries(path, lang=None, limit=None, need=()):
     """Yield the checked records of a JSONL file of training queries, in order.
 
-    lang keeps these languages, limit the first so many records; need lists further fields that must be there. DataError
-    with file and line on the first bad record.
+    lang keeps these languages, limit the first so many records; need lists further fields that must be there.
+    DataError with file and line on the first bad record.
     """
     seen, n_read = set(), 0
     for number, line in read_lines(path):
@@ -182,22 +238,90 @@ def read_queries(path, lang=None, limit=None, need=()):
         for key in need:
             if key not in record:
                 raise DataError(f"{path}:{number}: no {key!r}; run the stages before this one, see README")
-        key = hash((record["lang"], record["query_id"]))
-        if key in seen:
-            raise DataError(f"{path}:{number}: query {record['query_id']!r} ({record['lang']}) is there twice; drop one")
-        seen.add(key)
+        key = record["lang"], record["query_id"]
+        if hash(key) in seen:
+            raise DataError(f"{path}:{number}: query {key[1]!r} ({key[0]}) is there twice; drop one")
+        seen.add(hash(key))
         yield record
         n_read += 1
         if n_read == limit:
             return
     if not n_read:
-        raise DataError(f"{path}: no queries" + (f" in {' '.join(lang)}" if lang else "") + "; check the file and --lang")
+        raise DataError(f"{path}: no queries in {' '.join(lang or ['it'])}; check the file and --lang")
 
 
 def dump(record):
     """The one way a record becomes a line."""
     return json.dumps(record, ensure_ascii=False, separators=(", ", ": ")) + "\n"
 
+
+def passage_text(passage):
+    """Title, line break, text (as MIRACL's baselines; leaving the title out costs points)."""
+    return f"{passage['title']}\n{passage['text']}" if passage.get("title") else passage["text"]
+
+
+def normalise(text):
+    """For comparing texts: NFKC, case-folded, white space collapsed."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def batched(items, n):
+    """Lists of n items (the last may be shorter)."""
+    items = iter(items)
+    while batch := list(itertools.islice(items, n)):
+        yield batch
+
+
+# --------------------------------------------------------------------------- corpus
+
+def corpus_files(data, lang):
+    """A language's corpus files: corpus/<lang>.jsonl[.gz] or corpus/<lang>/*.jsonl[.gz], in name order."""
+    root = Path(data) / "corpus"
+    for path in (root / f"{lang}.jsonl", root / f"{lang}.jsonl.gz"):
+        if path.is_file():
+            return [path]
+    parts = sorted(p for p in (root / lang).glob("*") if p.name.endswith((".jsonl", ".jsonl.gz")))
+    if not parts:
+        raise DataError(f"{root}/{lang}.jsonl not found; make it with 00_prepare_data.py, "
+                        f"or leave {lang} out with --lang")
+    return parts
+
+
+def corpus_languages(data):
+    root = Path(data) / "corpus"
+    if not root.is_dir():
+        raise DataError(f"{root} not found; make it with 00_prepare_data.py")
+    return sorted({p.name.split(".")[0] for p in root.iterdir() if p.is_dir() or ".jsonl" in p.suffixes})
+
+
+def read_shards(data, lang):
+    """Yield (path, [(line number, bytes)]) of at most SHARD passages each; a shard never spans two files."""
+    for path in corpus_files(data, lang):
+        for numbered_lines in batched(read_lines(path), SHARD):
+            yield path, numbered_lines
+
+
+def read_passages(path, numbered_lines):
+    """Yield the checked passages of [(line number, bytes)]."""
+    for number, line in numbered_lines:
+        passage = parse_line(path, number, line)
+        check_passage(passage, f"{path}:{number}")
+        yield passage
+
+
+def fetch_passages(data, lang, rows):
+    """{row: passage} of these rows (from 0, over the language's files), in one pass that parses only them."""
+    wanted = set(rows)
+    found = {}
+    lines = ((path, line) for path in corpus_files(data, lang) for line in read_lines(path))
+    for row, (path, numbered_line) in enumerate(lines):
+        if row in wanted:
+            passage, = read_passages(path, [numbered_line])
+            found[row] = {key: passage.get(key, "") for key in ("docid", "title", "text")}
+    return found
+
+
+# --------------------------------------------------------------------------- outputs
 
 @contextlib.contextmanager
 def atomic(path):
@@ -212,25 +336,56 @@ def atomic(path):
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def atomic_folder(path):
+    """A temporary folder beside path, which it replaces when the block ends well, else removed."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    before = path.with_name(f".{path.name}.{os.getpid()}.old")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if path.exists():
+            path.rename(before)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(before, ignore_errors=True)
+
+
 def digest_file(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
 
 
+def digest_folder(folder):
+    """Digest of all files of a model folder that decide what it computes, whatever the folder is called."""
+    kinds = (".json", ".safetensors", ".bin", ".model", ".txt")
+    files = sorted(p for p in Path(folder).rglob("*") if p.suffix in kinds and p.name != "build.json")
+    lines = [f"{p.relative_to(folder).as_posix()} {digest_file(p)}\n" for p in files]
+    return hashlib.blake2b("".join(lines).encode()).hexdigest()[:32]
+
+
+def short_name(model):
+    """How a model is called in records and tables: the folder's name, or the hub id."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
 class Output:
     """One output file of a stage: written whole or not at all, with `<out>.meta.json` beside it.
 
-    A finished output is recognised by that file: the same arguments, the same inputs (by digest), and its own digest.
+    A finished output is recognised by that file: same arguments, same inputs and models, its own digest.
     """
     # where things lie and how fast they are made does not change what is made
-    NEUTRAL = {"out", "overwrite", "cache", "device", "concurrency", "base_url", "save_every", "input", "data", "root",
-               "queries", "timeout", "max_unjudged", "price_in", "price_out", "dry_run", "tokenizer", "batch_export", "batch_import",
-               "cascade_base_url"}
+    NEUTRAL = {"out", "overwrite", "cache", "device", "concurrency", "base_url", "save_every", "input",
+               "data", "root", "queries", "timeout", "max_unjudged", "price_in", "price_out", "dry_run",
+               "tokenizer", "batch_export", "batch_import", "cascade_base_url"}
 
     def __init__(self, args, inputs, models=(), out=None):
-        self.path, self.started, self.overwrite = Path(out or args.out), time.time(), args.overwrite
+        self.path = Path(out or args.out)
         self.meta_path = self.path.with_name(self.path.name + ".meta.json")
-        self.inputs = [Path(p) for p in inputs]
+        self.overwrite = args.overwrite
+        self.started = time.time()
         self.meta = {"script": Path(sys.argv[0]).name,
                      "arguments": {k: v for k, v in vars(args).items() if k not in self.NEUTRAL},
                      "inputs": [{"path": str(p), "digest": digest_file(p)} for p in inputs],
@@ -238,20 +393,24 @@ class Output:
 
     def key(self, meta):
         """What must be equal for a finished output to be this one."""
-        return json.dumps([meta.get("arguments"), [i["digest"] for i in meta.get("inputs", [])], meta.get("models")],
-                          default=str, sort_keys=True)
+        digests = [i["digest"] for i in meta.get("inputs", [])]
+        return json.dumps([meta.get("arguments"), digests, meta.get("models")], default=str, sort_keys=True)
 
     def is_done(self):
         """Whether the file is already there; DataError where it is somebody else's."""
         if not self.path.exists() or self.overwrite:
             return False
         if not self.meta_path.exists():
-            raise DataError(f"{self.path} exists and was not made by this script; pass --overwrite or another --out")
+            raise DataError(f"{self.path} exists and was not made by this script; pass --overwrite, "
+                            "or another --out")
         meta = json.loads(self.meta_path.read_text("utf-8"))
-        same = self.key(meta) == self.key(self.meta) and (self.path.is_dir() or meta.get("digest") == digest_file(self.path))
+        untouched = self.path.is_dir() or meta.get("digest") == digest_file(self.path)
+        same = untouched and self.key(meta) == self.key(self.meta)
         if same:
             os.utime(self.path)  # newer than its inputs, for make
-        say(f"{self.path} is up to date" if same else f"{self.path}: arguments, inputs or models changed, making it again")
+            say(f"{self.path} is up to date")
+        else:
+            say(f"{self.path}: arguments, inputs or models changed, making it again")
         return same
 
     def write(self, records):
@@ -259,7 +418,7 @@ class Output:
         self.write_lines(dump(record) for record in records)
 
     def write_lines(self, lines):
-        """Write the file, then its meta, then rename: a kill in between leaves the old file, which is then made again."""
+        """Write file and meta, then rename: a kill in between leaves the old file, which is made again."""
         with atomic(self.path) as temporary:
             with open(temporary, "w", encoding="utf-8", newline="\n") as file:
                 file.writelines(lines)
@@ -269,132 +428,15 @@ class Output:
     def finish(self, **counts):
         """Complete the meta file and print the closing line."""
         self._write_meta(counts)
-        say(f"{self.path}: " + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in counts.items()
-                                         if not isinstance(v, (dict, list)))
-            + f" - {self.meta['seconds']} s, peak {self.meta['peak_memory_mb']} MB")
+        told = [f"{k.replace('_', ' ')} {v}" for k, v in counts.items() if not isinstance(v, (dict, list))]
+        told += [f"{self.meta['seconds']} s", f"peak {self.meta['peak_memory_mb']} MB"]
+        say(f"{self.path}: {', '.join(told)}")
 
     def _write_meta(self, counts):
-        versions = {p: version(p) for p in ("torch", "transformers", "openai", "numpy")} | {"python": sys.version.split()[0]}
+        packages = ("torch", "transformers", "sentence-transformers", "faiss-cpu", "openai", "numpy")
+        versions = {package: version(package) for package in packages} | {"python": sys.version.split()[0]}
         self.meta |= {"counts": counts, "versions": versions, "seconds": round(time.time() - self.started, 1),
                       "peak_memory_mb": peak_mb()}
         with atomic(self.meta_path) as temporary:
-            temporary.write_text(json.dumps(self.meta, ensure_ascii=False, indent=1, default=str) + "\n", "utf-8")
-
-
-# --------------------------------------------------------------------------- corpus
-
-SHARD = 16_384  # passages encoded, cached and searched at a time; bounds memory, does not change results
-
-
-def corpus_files(data, lang):
-    """The files of one language's corpus: corpus/<lang>.jsonl[.gz] or corpus/<lang>/*.jsonl[.gz], in name order."""
-    root = Path(data) / "corpus"
-    found = [p for p in (root / f"{lang}.jsonl", root / f"{lang}.jsonl.gz") if p.is_file()]
-    found = found[:1] or sorted(p for p in (root / lang).glob("*") if p.name.endswith((".jsonl", ".jsonl.gz")))
-    if not found:
-        raise DataError(f"{root}/{lang}.jsonl not found; make it with 00_prepare_data.py, or leave {lang} out with --lang")
-    return found
-
-
-def corpus_languages(data):
-    root = Path(data) / "corpus"
-    if not root.is_dir():
-        raise DataError(f"{root} not found; make it with 00_prepare_data.py")
-    return sorted({p.name.split(".")[0] for p in root.iterdir() if p.is_dir() or ".jsonl" in p.suffixes})
-
-
-def read_passages(path, numbered_lines):
-    for number, line in numbered_lines:
-        passage = parse_line(path, number, line)
-        check_passage(passage, f"{path}:{number}")
-        yield passage
-
-
-def read_shards(data, lang):
-    """Yield (path, [(line number, bytes)]) of at most SHARD passages each; a shard never spans two files."""
-    for path in corpus_files(data, lang):
-        shard = []
-        for numbered_line in read_lines(path):
-            shard.append(numbered_line)
-            if len(shard) == SHARD:
-                yield path, shard
-                shard = []
-        if shard:
-            yield path, shard
-
-
-def passage_text(passage):
-    """What an encoder reads: title, line break, text (as MIRACL's baselines; leaving the title out costs points)."""
-    return f"{passage['title']}\n{passage['text']}" if passage.get("title") else passage["text"]
-
-
-def normalise(text):
-    """For comparing texts: NFKC, case-folded, white space collapsed."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-
-def fetch_passages(data, lang, rows):
-    """{row: passage} for the given rows (0-based over the language's files), in one pass that parses only those."""
-    wanted, found, row = set(rows), {}, -1
-    for path in corpus_files(data, lang):
-        for number, line in read_lines(path):
-            row += 1
-            if row in wanted:
-                passage, = read_passages(path, [(number, line)])
-                found[row] = {"docid": passage["docid"], "title": passage.get("title", ""), "text": passage["text"]}
-    return found
-
-
-def short_name(model):
-    """How a model is called in records and tables: the folder's name, or the hub id."""
-    return Path(model).resolve().name if Path(model).is_dir() else model
-
-
-def digest_folder(folder):
-    """Digest of a model folder's weights, configuration and tokenizer, whatever the folder is called."""
-    files = sorted(p for kind in ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "1_Pooling/*.json")
-                   for p in Path(folder).glob(kind) if p.name not in ("build.json",))
-    return hashlib.blake2b("".join(f"{p.name} {digest_file(p)}\n" for p in files).encode()).hexdigest()[:32]
-
-
-def peak_mb():
-    """The most memory that this process has held; ru_maxrss alone may be that of the process that started it."""
-    status = Path("/proc/self/status")
-    own = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    return (int(own[1]) if own else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) >> 10
-
-
-def read_json(path):
-    """The object of a model folder's JSON file, {} where there is no such file."""
-    try:
-        return json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}); fetch the model again") from None
-
-
-def leave():
-    """Take leave of the other processes: one that ends without may be aborted by threads of the group that still run."""
-    dist = sys.modules.get("torch.distributed")
-    if dist and dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def batched(items, n):
-    """Lists of n items (the last may be shorter)."""
-    from itertools import islice
-    items = iter(items)
-    while batch := list(islice(items, n)):
-        yield batch
-
-
-@contextlib.contextmanager
-def atomic_folder(folder):
-    """A temporary folder beside it, renamed to folder when the block ends well, else removed."""
-    import shutil
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            text = json.dumps(self.meta, ensure_ascii=False, indent=1, default=str)
+            temporary.write_text(text + "\n", "utf-8")

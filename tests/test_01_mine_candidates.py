@@ -629,16 +629,16 @@ def test_nearest_is_brute_force_in_float64_with_ties_by_docid_whatever_the_block
     assert np.array_equal(seen[0], seen[2]) and np.array_equal(seen[0], seen[3])
 
 
-@pytest.mark.parametrize("width", [32, 384])
-def test_scores_do_not_depend_on_what_else_is_compared(width):
-    draw = np.random.default_rng(width)
-    block = (draw.normal(size=(16_384, width)) / width**0.5).astype(np.float16).astype(np.float32)
-    queries = (draw.normal(size=(300, width)) / width**0.5).astype(np.float16).astype(np.float32)
+def test_scores_do_not_depend_on_what_else_is_compared():
+    """faiss.knn's own do: of these, every hundredth differs at six decimals (two cores of an AMD EPYC)."""
+    draw = np.random.default_rng(0)
+    block = (draw.normal(size=(16_384, 768)) / 28).astype(np.float16).astype(np.float32)
+    queries = (draw.normal(size=(1000, 768)) / 28).astype(np.float16).astype(np.float32)
     docids = np.array([str(n).encode() for n in range(len(block))])
     together = search.nearest(queries, block, docids, 80)
-    for q in range(0, 300, 30):
-        alone = search.nearest(queries[q : q + 1], block, docids, 80)
-        assert all(np.array_equal(one[0], many[q]) for one, many in zip(alone, together))
+    for start, end in ((0, 1), (0, 19), (100, 200), (0, 700)):
+        alone = search.nearest(queries[start:end], block, docids, 80)
+        assert all(np.array_equal(few, many[start:end]) for few, many in zip(alone, together))
 
 
 @pytest.mark.parametrize(

@@ -25,11 +25,12 @@ GRADES = {
 JUDGE_FORMAT = {"type": "json_schema", "json_schema": {"name": "grades", "strict": True, "schema": GRADES}}
 BOTH_FORMATS = [JUDGE_FORMAT, {"type": "json_object"}]
 
-# question, reference, the same fact in other words, the same entity's other facts, the same fact about another entity
+# question, reference, the same fact in other words, other facts of the entity, the fact about another entity
 CASES = {
     "en": (
         "When was Marie Curie born?",
-        "Marie Curie\nMarie Curie was a physicist. She was born in Warsaw on 7 November 1867. She died in 1934.",
+        "Marie Curie\nMarie Curie was a physicist. "
+        "She was born in Warsaw on 7 November 1867. She died in 1934.",
         "Marie Curie\nThe life of Marie Curie began in Warsaw in 1867. Schools are named after her.",
         "Marie Curie\nMarie Curie received two Nobel Prizes. Her daughter was a chemist.",
         "Niels Bohr\nNiels Bohr was a physicist. He was born in Copenhagen in 1885.",

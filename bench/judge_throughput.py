@@ -10,12 +10,13 @@ Each line is a process of its own, in turn, over the same prompts (stage 02's, o
   beside            stage 02 of another checkout of this project
 Ideal is concurrency / 50 ms. The server is a process of its own.
 
-Measured with --calls 4000 on two cores shared with other work, load 5 (the CPU time is the steadier figure):
-  create            170-367 calls/s    1.85-2.34 ms CPU a call
-  create, aiohttp   307-459            1.29-1.44
-  post, aiohttp     822-894            0.66-0.71
-  stage 02          494-550            0.86-0.94 (start-up included)
-A profile of stage 02 gives nine tenths of its time to the client.
+Measured with --calls 6000 on two idle cores (AMD EPYC), two rounds; CPU is the limit:
+  create            300, 314 calls/s    3.51, 3.33 ms CPU a call
+  create, aiohttp   621, 607            1.73, 1.80
+  post, aiohttp     1073, 1231          1.06, 0.99
+  stage 02          985, 1025           1.13, 1.08 (start-up included)
+With answers in SQLite stage 02 takes 1.00-1.05 times the CPU time that it took with answers in JSON lines
+(--beside, three rounds in turn). Nine tenths of it are the client's.
 """
 import argparse
 import asyncio

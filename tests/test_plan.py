@@ -1,4 +1,4 @@
-"""bench/plan.py and `make miracl`: the count is right, the page is the script's, and nothing starts unasked."""
+"""bench/plan.py and `make miracl`: the count is right, the page is the script's, nothing starts unasked."""
 
 import gzip
 import json
@@ -71,9 +71,8 @@ def test_full_miracl_has_the_published_sizes():
         bn=0.30,
         sw=0.13,
     )
-    assert {
-        lang: round(sizes[0] / 1e6, 1 if sizes[0] > 1e6 else 2) for lang, sizes in plan.MIRACL.items()
-    } == millions  # Sec. 4.1
+    passages = {lang: sizes["passages"] for lang, sizes in plan.MIRACL.items()}
+    assert {lang: round(n / 1e6, 1 if n > 1e6 else 2) for lang, n in passages.items()} == millions  # Sec. 4.1
 
 
 @pytest.mark.skipif(not FULL.is_dir(), reason=f"{FULL} is not there")
@@ -89,12 +88,13 @@ def test_sizes_are_those_of_the_topics_and_judgments(lang):
         )
 
     judgments = lines("qrels", "train")
-    assert plan.MIRACL[lang][1:] == (
-        len(lines("topics", "train")),
-        sum(line.split("\t")[3] != "0" for line in judgments),
-        len(judgments),
-        len(lines("topics", "dev")),
-    )
+    assert plan.MIRACL[lang] == {
+        "passages": plan.MIRACL[lang]["passages"],
+        "train_queries": len(lines("topics", "train")),
+        "relevant": sum(line.split("\t")[3] != "0" for line in judgments),
+        "judged": len(judgments),
+        "dev_queries": len(lines("topics", "dev")),
+    }
 
 
 def test_work_of_two_languages_by_hand():
@@ -318,11 +318,18 @@ def test_quoted_rates_stand_in_the_docstrings(name):
 
 @pytest.fixture
 def copy(tmp_path):
-    """What the plan needs of the project, and nothing else; .venv looks installed, so that CONFIRM=1 installs nothing."""
+    """What the plan needs of the project, and nothing else; .venv looks installed, so nothing is installed."""
     (tmp_path / ".venv").mkdir()
     for name in ("bench", "results"):
         (tmp_path / name).mkdir()
-    for name in ("Makefile", "common.py", "requirements.txt", "bench/plan.py", "results/rates.json"):
+    for name in (
+        "Makefile",
+        "common.py",
+        "paper.json",
+        "requirements.txt",
+        "bench/plan.py",
+        "results/rates.json",
+    ):
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / ".venv/installed").touch()
     return tmp_path
@@ -348,7 +355,7 @@ OUTSIDE = {
 
 
 def make(folder, *words, **env):
-    """`make miracl` with a Python that has no packages; the stages' Python is echo, which prints what would run."""
+    """`make miracl` with a Python without packages; the stages' Python is echo, which prints what would run."""
     return subprocess.run(
         ["make", "--no-print-directory", "miracl", f"PYTHON={sys.executable} -S -B", "PY=echo", *words],
         cwd=folder,
@@ -393,7 +400,10 @@ def test_make_miracl_passes_its_variables(copy):
         "GPU_PRICE=3",
         "PLAN=--utilisation 0.5",
     )
-    flags = "--lang sw te --llm gpt-4o --retrievers a --encoder b --depth 7 --target 5 --epochs 3 --price-in 1 --price-out 2 --gpu-price 3 --utilisation 0.5 --eval-models b runs/miracl/model"
+    flags = (
+        "--lang sw te --llm gpt-4o --retrievers a --encoder b --depth 7 --target 5 --epochs 3 --price-in 1 "
+        "--price-out 2 --gpu-price 3 --utilisation 0.5 --eval-models b runs/miracl/model"
+    )
     assert done.stdout.splitlines()[:-1] == plan.show(args(*flags.split()), RATES)
 
 
@@ -426,10 +436,11 @@ def test_confirmed_runs_the_papers_setting(copy):
     for command in (
         f"00_prepare_data.py --source miracl --out data/miracl --seed 13 --lang {langs}",
         f"01_mine_candidates.py --data data/miracl --retrievers {models} --fusion concat --depth 40 ",
-        "02_filter_false_negatives.py --input runs/miracl/candidates.jsonl --llm meta-llama/Llama-3.1-70B-Instruct ",
+        "02_filter_false_negatives.py --input runs/miracl/candidates.jsonl --llm meta-llama/Llama-3.1-70B-",
         f"--retrievers {models} --fusion concat --llm meta-llama/Llama-3.1-70B-Instruct --target 30 ",
         "--encoder BAAI/bge-m3 --topics 12 ",
-        "05_train.py --input runs/miracl/topics.jsonl --encoder BAAI/bge-m3 --epochs 20 --batch-size 24 --out runs/miracl/model ",
+        "05_train.py --input runs/miracl/topics.jsonl --encoder BAAI/bge-m3 --epochs 20 --batch-size 24 "
+        "--out runs/miracl/model ",
         "06_eval.py --data data/miracl --models BAAI/bge-m3 runs/miracl/model --baseline BAAI/bge-m3 ",
     ):
         assert command in told, command

@@ -1,6 +1,6 @@
 """What the paper's setting on full MIRACL will need: disk, GPU hours, LLM calls, tokens, money; SCALING.md.
 
-How     counted work (MIRACL's sizes x measured averages) x measured rates, stage by stage. No GPU was at hand:
+How     counted work (MIRACL's sizes x measured averages) x measured rates, by stage. No GPU was at hand:
         GPU hours are an ESTIMATE, counted FLOPs / (--peak-tflops x --utilisation). It needs only Python
 Reads   paper.json           MIRACL's sizes, the paper's shares and hyperparameters
         results/rates.json   averages and rates, each with how it was measured (bench/measure_rates.py)

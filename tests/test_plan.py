@@ -318,7 +318,7 @@ def test_quoted_rates_stand_in_the_docstrings(name):
 
 @pytest.fixture
 def copy(tmp_path):
-    """What the plan needs of the project, and nothing else; .venv looks installed, so nothing is installed."""
+    """What the plan needs of the project and no more; .venv looks installed, so nothing is installed."""
     (tmp_path / ".venv").mkdir()
     for name in ("bench", "results"):
         (tmp_path / name).mkdir()
@@ -355,7 +355,7 @@ OUTSIDE = {
 
 
 def make(folder, *words, **env):
-    """`make miracl` with a Python without packages; the stages' Python is echo, which prints what would run."""
+    """`make miracl` with a Python without packages; that of the stages is echo: it prints what would run."""
     return subprocess.run(
         ["make", "--no-print-directory", "miracl", f"PYTHON={sys.executable} -S -B", "PY=echo", *words],
         cwd=folder,

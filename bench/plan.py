@@ -237,7 +237,7 @@ def llm_rows(args, w, rate):
     tokens_03 = w["prompt tokens in 03"] + w["completion tokens in 03"]
     client_02, client_03 = n_02 / rate["judge_calls_per_s"], n_03 / rate["judge_calls_per_s"]
     llm = 2e9 * billions(args.llm)  # FLOPs a token
-    memory = (rate["judge_mb"] + rate["judge_mb_per_million"] * n_02 / 1e6) / 1e3
+    memory = (rate["judge_mb"] + (rate["judge_mb_at_a_million"] - rate["judge_mb"]) * n_02 / 1e6) / 1e3
     search = w["encoders in 01"] * w["pairs in 01"] / rate["search_pairs_per_s"]
     servers = "the LLM's servers; one client asks"
     return [

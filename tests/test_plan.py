@@ -172,9 +172,8 @@ def test_what_bm25_takes_of_stage_06():
         with_bm25.memory.startswith(f"{told}:")
         and without.memory == f"as 01, without BM25, whose index would need {told}"
     )
-    assert f"about {told} of memory" in (ROOT / "Makefile").read_text("utf-8") and f"to {told}," in (
-        ROOT / "SCALING.md"
-    ).read_text("utf-8")
+    assert f"about {told} of memory" in (ROOT / "Makefile").read_text("utf-8")
+    assert f"to {told}," in " ".join((ROOT / "SCALING.md").read_text("utf-8").split())
     assert with_bm25.disk - without.disk == pytest.approx(rate["bm25_disk_bytes_per_passage"] * 90_416_887)
     assert with_bm25.cpu_s - without.cpu_s == pytest.approx(with_bm25.fixed_s)
 

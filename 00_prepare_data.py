@@ -3,23 +3,23 @@
 Source  the data of Sec. 4.1 (MIRACL), or a collection of your own in one of four known layouts
         deviates from the house rule "NFC once, in stage 00": texts and ids stay byte for byte as they are
 Reads   sample    sample/data beside this script, which is laid out like OUT
-        miracl    the hub's miracl/miracl and miracl/miracl-corpus (gated: accept the terms, set HF_TOKEN), or a
-                  copy: ROOT/miracl-corpus/miracl-corpus-v1.0-LANG/, ROOT/miracl/miracl-v1.0-LANG/
-        beir      ROOT/corpus.jsonl, queries.jsonl, qrels/train.tsv, dev.tsv (else test.tsv); needs --lang CODE
+        miracl    the hub's miracl/miracl and miracl/miracl-corpus (gated: accept the terms, set HF_TOKEN), or
+                  copies: ROOT/miracl-corpus/miracl-corpus-v1.0-LANG/, ROOT/miracl/miracl-v1.0-LANG/
+        beir      ROOT/corpus.jsonl, queries.jsonl, qrels/train.tsv, dev.tsv (else test.tsv); --lang CODE
         squad     ROOT/*.LANG.json: its paragraphs are the corpus, a tenth of its articles is dev
-        tevatron  ROOT/train.jsonl, dev.jsonl (else a tenth of the queries), corpus.jsonl (else all passages in
-                  the records), or ROOT itself a JSONL file; --lang CODE where the records have no `lang`.
+        tevatron  ROOT/train.jsonl, dev.jsonl (else a tenth of the queries), corpus.jsonl (else the passages
+                  of the records), or ROOT itself a JSONL file; --lang CODE where the records have no `lang`.
                   FlagEmbedding's records (query, pos, neg) as well: a docid is then a digest of the text
         Any of these files may be gzipped (.gz).
 Writes  OUT/corpus/LANG.jsonl        {docid, title, text}
         OUT/train.jsonl, dev.jsonl   {query_id, lang, query, positive_passages, negative_passages}
         OUT/qrels/SPLIT/LANG.tsv     query_id 0 docid relevance: all judgments of the queries in that split
         OUT.meta.json                arguments, input digests, counts
-        All in source order. Left out, counted and shown: empty passages, judgments of passages that are not in
-        the corpus, queries without a positive in it, unanswerable questions. --limit N keeps the first N
-        training queries of a language, and all else. Any other fault stops the stage and leaves OUT as it was.
-Usage   python 00_prepare_data.py --source miracl --root ../shared/data/minimiracl --lang sw te --out data/minimiracl
-Cost    mini-MIRACL (62,608 passages, 2,796 queries, 17 languages): 2 s, 43 MB; a million passages: 40 s, 55 MB
+        All in source order. Left out, counted and shown: empty passages, judgments of passages not in the
+        corpus, queries without a positive in it, unanswerable questions. --limit N keeps the first N training
+        queries of a language, and all else. Any other fault stops the stage and leaves OUT as it was.
+Usage   python 00_prepare_data.py --source miracl --root ../shared/data/minimiracl --lang sw --out data/mini
+Cost    mini-MIRACL (62,608 passages, 2,796 queries): 2 s, 43 MB; a million passages: 40 s, 55 MB
 """
 import json
 import os
@@ -40,16 +40,16 @@ from common import (DataError, Output, Parser, check_passage, check_text, corpus
 
 SAMPLE = Path(__file__).resolve().parent / "sample" / "data"
 SPLITS = ("train", "dev")
-PARTS = ("corpus", "qrels", "train.jsonl", "dev.jsonl")  # what OUT consists of; other files in it are left alone
+PARTS = ("corpus", "qrels", "train.jsonl", "dev.jsonl")  # of OUT; other files in it are left alone
 
 
 def build_parser():
     parser = Parser(__doc__).common_flags()
-    parser.add_argument("--source", required=True, choices=list(SOURCES), help="layout of the data, see above")
-    parser.add_argument("--root", metavar="FOLDER", help="where the data is; default: sample/data beside this "
+    parser.add_argument("--source", required=True, choices=list(SOURCES), help="layout of the data")
+    parser.add_argument("--root", metavar="FOLDER", help="where it is; default: sample/data beside this "
                         "script for sample, hub (downloads) for miracl, none for the others")
     parser.add_argument("--min-relevance", type=positive_int, default=1, metavar="GRADE",
-                        help="what is judged at least so is a positive, below a negative; qrels keep all grades")
+                        help="what is judged so or higher is a positive, others negatives; qrels keep all")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="the collection, such as data/NAME")
     return parser
 
@@ -58,7 +58,7 @@ def build_parser():
 
 def check_id(value, where):
     if len(value.split()) != 1:
-        raise DataError(f"{where}: id {value!r} has white space in it, which TREC files cannot hold; rename it")
+        raise DataError(f"{where}: id {value!r} has white space in it, TREC files cannot have it; rename it")
     return value
 
 
@@ -69,7 +69,7 @@ def add_once(queries, query_id, query, where):
 
 
 def is_new(texts, lang, passage, where):
-    """Whether the docid is not in texts yet, {(lang, docid): (text, where)}; DataError if it had another text."""
+    """Whether the docid is not in texts, {(lang, docid): (text, where)}; DataError if it had another text."""
     key = hash((lang, check_id(passage["docid"], where)))
     text = hash((passage.get("title", ""), passage["text"]))
     first_text, first = texts.setdefault(key, (text, where))
@@ -96,12 +96,12 @@ def read_cells(path, n_cells):
             raise DataError(f"{where}: not valid UTF-8 ({error}); convert the file to UTF-8") from None
         n_filled = sum(bool(cell.strip()) for cell in cells)
         if n_filled != n_cells:
-            raise DataError(f"{where}: got {n_filled} columns, want {n_cells} separated by tabs; mend the line")
+            raise DataError(f"{where}: got {n_filled} columns, want {n_cells}, between tabs; mend the line")
         yield where, cells
 
 
 def read_qrels(path, n_columns, queries=None):
-    """{query_id: {docid: relevance}} of TREC's four columns or BEIR's three; queries: those it may be about."""
+    """{query_id: {docid: relevance}} of TREC's four columns or BEIR's three, on none but these queries."""
     qrels = defaultdict(dict)
     for where, (query_id, *_, docid, relevance) in read_cells(path, n_columns):
         if query_id == "query-id":  # BEIR's header
@@ -109,7 +109,7 @@ def read_qrels(path, n_columns, queries=None):
         if not re.fullmatch("-?[0-9]+", relevance):
             raise DataError(f"{where}: relevance is {relevance!r}, want a whole number; mend the line")
         if queries is not None and query_id not in queries:
-            raise DataError(f"{where}: query {query_id!r} is not among the queries; take files of one collection")
+            raise DataError(f"{where}: query {query_id!r} is not among the queries; take files that belong")
         if docid in qrels[query_id]:
             raise DataError(f"{where}: query {query_id!r} judges docid {docid!r} twice; drop one")
         qrels[query_id][docid] = int(relevance)
@@ -142,7 +142,7 @@ def held_out(keys, seed, lang):
 # --------------------------------------------------------------------------- sources
 # Each returns (files it reads, parts); memory holds the judged passages of one part. A part is two functions:
 #   passages()  yields (where, lang, {docid, title, text})
-#   queries()   yields (where, split, {query_id, lang, query}, {docid: relevance}); what more a record has is kept
+#   queries()   yields (where, split, {query_id, lang, query}, {docid: relevance}); more fields are kept
 
 def sample(args, root, counts):
     corpora = {lang: corpus_files(root, lang) for lang in choose_languages(args, corpus_languages(root))}
@@ -159,21 +159,23 @@ def sample(args, root, counts):
                     raise DataError(f"{where}: qrels/{split} has nothing on query {record['query_id']!r}")
                 yield where, split, record, judgments
 
-    return [*sum(corpora.values(), []), *splits.values(), *qrels.values()], [(partial(read_corpora, corpora), queries)]
+    files = sum(corpora.values(), []) + list(splits.values()) + list(qrels.values())
+    return files, [(partial(read_corpora, corpora), queries)]
 
 
 def miracl(args, root, counts):
     topics_root, corpus_root = (root / "miracl", root / "miracl-corpus") if root else download(args.lang)
-    corpora = {p.name.removeprefix("miracl-corpus-v1.0-"): p for p in corpus_root.glob("miracl-corpus-v1.0-*")}
+    prefix = "miracl-corpus-v1.0-"
+    corpora = {path.name.removeprefix(prefix): path for path in corpus_root.glob(f"{prefix}*")}
     files, parts = [], []
     for lang in choose_languages(args, corpora):
         numbers = [int(re.search(r"docs-(\d+)", path.name)[1]) for path in corpora[lang].glob("docs-*")]
-        corpus = [find(corpora[lang] / f"docs-{number}.jsonl") for number in range(max(numbers, default=0) + 1)]
+        corpus = [find(corpora[lang] / f"docs-{n}.jsonl") for n in range(max(numbers, default=0) + 1)]
         judged = {}
         for split in SPLITS:
             pair = [topics_root / f"miracl-v1.0-{lang}/{kind}/{kind}.miracl-v1.0-{lang}-{split}.tsv"
                     for kind in ("topics", "qrels")]
-            if split == "dev" or any(find(path, need=False) for path in pair):  # German and Yoruba have no train
+            if split == "dev" or any(find(path, need=False) for path in pair):  # de and yo have no train
                 judged[split] = [find(path) for path in pair]
         files += corpus + sum(judged.values(), [])
         parts.append((partial(read_corpora, {lang: corpus}), partial(read_topics, lang, judged)))
@@ -188,10 +190,11 @@ def download(langs):
     for name in ("miracl", "miracl-corpus"):
         files = [f"{name}-v1.0-{lang}/*" for lang in langs or ["*"]]
         try:
-            folders.append(Path(snapshot_download(f"miracl/{name}", repo_type="dataset", allow_patterns=files)))
+            folder = snapshot_download(f"miracl/{name}", repo_type="dataset", allow_patterns=files)
+            folders.append(Path(folder))
         except (HTTPError, OSError) as error:
             raise DataError(f"miracl/{name}: the hub does not give it ({error!r}); accept the terms at https://"
-                            f"huggingface.co/datasets/miracl/{name} and set HF_TOKEN to a token of that account, "
+                            f"huggingface.co/datasets/miracl/{name} and set HF_TOKEN to its token, or "
                             "check the network and HF_HUB_OFFLINE, or point --root at a copy") from None
     return folders
 
@@ -284,8 +287,8 @@ def read_squad(paths):
                     yield f"{where}: paragraph {docid}", title or f"#{n_articles}", passage, paragraph["qas"]
                 n_articles += 1
         except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{where}: data[{n_articles}]: {error!r}; want SQuAD's data[].paragraphs[].qas[], "
-                            "context") from None
+            raise DataError(f"{where}: data[{n_articles}]: {error!r}; want SQuAD's data[].paragraphs[] with "
+                            "context and qas[]") from None
 
 
 def tevatron(args, root, counts):
@@ -315,7 +318,8 @@ def tevatron(args, root, counts):
         for split, path in splits.items():
             for where, record in read_records(path, args.lang):
                 judgments = {p["docid"]: 1 for p in record["positive_passages"]}
-                judgments |= {p["docid"]: 0 for p in record["negative_passages"] if p.get("source") == "human"}
+                human = [p for p in record["negative_passages"] if p.get("source") == "human"]
+                judgments |= {p["docid"]: 0 for p in human}
                 yield where, "dev" if record["query_id"] in held[record["lang"]] else split, record, judgments
 
     if corpus:
@@ -337,9 +341,10 @@ def read_records(path, langs):
             add_once(queries[record["lang"]], record["query_id"], None, where)
             for passage in record["positive_passages"] + record["negative_passages"]:
                 is_new(texts, record["lang"], passage, where)
-            both = {p["docid"] for p in record["positive_passages"]} & {p["docid"] for p in record["negative_passages"]}
-            if both:
-                raise DataError(f"{where}: docid {min(both)!r} is both positive and negative; drop one")
+            positives = {p["docid"] for p in record["positive_passages"]}
+            for docid in (p["docid"] for p in record["negative_passages"]):
+                if docid in positives:
+                    raise DataError(f"{where}: docid {docid!r} is both positive and negative; drop one")
             yield where, record
 
 
@@ -469,7 +474,7 @@ def publish(folder, out):
 
 def convert(args, parts, counts, output):
     """Write the collection beside OUT, then move it in."""
-    folder = output.path.with_name(f".{output.path.name}.tmp")  # always the same: a killed run's is cleared away
+    folder = output.path.with_name(f".{output.path.name}.tmp")  # the same each time: a kill leaves nothing
     shutil.rmtree(folder, ignore_errors=True)
     try:
         with ExitStack() as files:
@@ -478,7 +483,7 @@ def convert(args, parts, counts, output):
                 collection.add_part(passages, queries)
         total = sum(counts.values(), Counter())
         if not total["train"] + total["dev"]:
-            raise DataError(f"{args.root}: no query has a positive in the corpus; take files of one collection")
+            raise DataError(f"{args.root}: no query has a positive in the corpus; take files that belong")
         written = sorted(path for path in folder.rglob("*") if path.is_file())
         output.meta["files"] = {path.relative_to(folder).as_posix(): digest_file(path) for path in written}
         output.finish(passages=total["passages"], train_queries=total["train"], dev_queries=total["dev"],
@@ -494,13 +499,14 @@ def main(argv=None):
         args.root = args.root or str(SAMPLE)
     root = None if args.source == "miracl" and args.root in (None, "hub") else Path(args.root or "")
     if root and not (args.root and root.exists()):
-        raise DataError(f"--root {args.root or 'FOLDER'}: not found; --source {args.source} --help tells its layout")
+        raise DataError(f"--root {args.root or 'FOLDER'}: not found; --help tells the layouts")
     out = Path(args.out)
     out = out.resolve() if out.is_symlink() or out.name in ("", "..") else out
     counts = defaultdict(Counter)
     inputs, parts = SOURCES[args.source](args, root, counts)
     if out.is_file() or any(out.resolve() in Path(path).resolve().parents for path in inputs):
-        raise DataError(f"{out} is {'a file' if out.is_file() else 'where the input lies'}; choose another --out")
+        fault = "a file" if out.is_file() else "where the input lies"
+        raise DataError(f"{out} is {fault}; choose another --out")
     output = Output(args, inputs, out=out)
     output.meta["arguments"]["files"] = [Path(path).name for path in inputs]  # their names tell the language
     changed = None if args.overwrite else damaged(output)

@@ -35,8 +35,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (DataError, Output, Parser, check_passage, check_text, corpus_files, corpus_languages,
-                    digest_file, dump, parse_line, parse_query, positive_int, progress, read_lines, run, say)
+from common import (DataError, Output, Parser, atomic_folder, check_passage, check_text, corpus_files,
+                    corpus_languages, digest_file, dump, parse_line, parse_query, positive_int, progress,
+                    read_lines, run, say)
 
 SAMPLE = Path(__file__).resolve().parent / "sample" / "data"
 SPLITS = ("train", "dev")
@@ -454,7 +455,7 @@ def check_unique(passages, hashes):
 
 
 def damaged(output):
-    """A file of a finished collection that is not as written (or not moved in before a kill), or None."""
+    """A file of a finished collection that is not as it was written, or None."""
     files = json.loads(output.meta_path.read_text("utf-8"))["files"] if output.meta_path.exists() else {}
     for name, digest in files.items():
         if not (output.path / name).is_file() or digest_file(output.path / name) != digest:
@@ -462,21 +463,8 @@ def damaged(output):
     return None
 
 
-def publish(folder, out):
-    out.mkdir(parents=True, exist_ok=True)
-    for part in PARTS:
-        if (out / part).is_dir():
-            shutil.rmtree(out / part)
-        (out / part).unlink(missing_ok=True)
-        if (folder / part).exists():
-            shutil.move(folder / part, out / part)
-
-
 def convert(args, parts, counts, output):
-    """Write the collection beside OUT, then move it in."""
-    folder = output.path.with_name(f".{output.path.name}.tmp")  # the same each time: a kill leaves nothing
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
+    with atomic_folder(output.path) as folder:
         with ExitStack() as files:
             collection = Collection(folder, args, counts, files)
             for passages, queries in parts:
@@ -486,11 +474,12 @@ def convert(args, parts, counts, output):
             raise DataError(f"{args.root}: no query has a positive in the corpus; take files that belong")
         written = sorted(path for path in folder.rglob("*") if path.is_file())
         output.meta["files"] = {path.relative_to(folder).as_posix(): digest_file(path) for path in written}
+        for path in output.path.glob("*"):
+            if path.name not in PARTS:  # what others put there stays
+                copy = shutil.copytree if path.is_dir() else shutil.copy2
+                copy(path, folder / path.name)
         output.finish(passages=total["passages"], train_queries=total["train"], dev_queries=total["dev"],
-                      languages=counts)
-        publish(folder, output.path)  # after the meta file, whose digests tell if a kill came in between
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+                      languages=counts)  # its digests tell if a kill comes before the folder is in place
 
 
 def main(argv=None):

@@ -336,8 +336,9 @@ def loss_figure(found, path, note):
     title = f"Training loss goes from {smooth[0]:.2f} to {smooth[-1]:.2f}"
     if dev:
         best = max(dev, key=lambda line: line["dev_mrr@10"])
-        title += (f"; held-out queries are ranked best after epoch {best['epoch']:g} of "
-                  f"{steps[-1]['epoch']:g}: MRR@10 {best['dev_mrr@10']:.2f}, at the end {dev[-1]['dev_mrr@10']:.2f}")
+        last = dev[-1]
+        title += (f"; held-out queries are ranked best after epoch {best['epoch']:g} of {last['epoch']:g}: "
+                  f"MRR@10 {best['dev_mrr@10']:.2f}, at the end {last['dev_mrr@10']:.2f}")
     figure, axes = canvas(title, note, panels=2)
     axes[0].plot(at, loss, ".", color="0.7", markersize=3, label="one step (one language)")
     axes[0].plot(at[window - 1:], smooth, "-", color="black", label=f"mean of {window} steps")

@@ -652,22 +652,37 @@ def test_a_folder_of_somebody_else_is_not_touched(tmp_path):
     assert tree(tmp_path / "out") == {"train.jsonl": b"mine"}
 
 
-@pytest.mark.parametrize("where", ["shutil.move", "add_part"])
-def test_a_killed_run_can_be_started_again(tmp_path, where):
+@pytest.mark.parametrize(
+    "where, nth", [("stage.Collection.add_part", 2), ("Path.rename", 1), ("Path.rename", 2)]
+)
+def test_a_killed_run_can_be_started_again(tmp_path, where, nth):
+    """Killed in the second language, before the old folder is put aside, and before the new one is in place."""
     root, out = miracl(tmp_path / "in", ["ko", "th"]), tmp_path / "out"
+    prepare("miracl", root, out, "--limit", 1)
     prepare("miracl", root, tmp_path / "whole")
+    holder, name = where.rsplit(".", 1)
     code = (
-        f"import os, sys, shutil; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        "import os, sys; from pathlib import Path\n"
+        f"sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
         "from conftest import load_stage\n"
         "stage = load_stage('00_prepare_data'); calls = []\n"
-        f"holder, name = (shutil, 'move') if {where!r} == 'shutil.move' else (stage.Collection, 'add_part')\n"
-        "whole = getattr(holder, name)\n"
-        "setattr(holder, name, lambda *a: os._exit(9) if calls.append(1) or len(calls) == 2 else whole(*a))\n"
+        f"whole = {where}\n"
+        f"def until(*a): return os._exit(9) if calls.append(1) or len(calls) == {nth} else whole(*a)\n"
+        f"setattr({holder}, {name!r}, until)\n"
         f"stage.main(['--source', 'miracl', '--root', {str(root)!r}, '--out', {str(out)!r}])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 9
     prepare("miracl", root, out)
-    assert tree(out) == tree(tmp_path / "whole") and not list(tmp_path.glob(".*.tmp"))
+    assert tree(out) == tree(tmp_path / "whole")
+
+
+def test_two_runs_at_once_both_end_well(tmp_path):
+    root, out = miracl(tmp_path / "in", ["ko", "th"]), tmp_path / "out"
+    command = [sys.executable, ROOT / SCRIPT, "--source", "miracl", "--root", root, "--out", out]
+    runs = [subprocess.Popen(command, stderr=subprocess.DEVNULL) for _ in range(2)]
+    assert [run.wait() for run in runs] == [0, 0]
+    prepare("miracl", root, tmp_path / "alone")
+    assert tree(out) == tree(tmp_path / "alone") and not list(tmp_path.glob(".*.tmp"))
 
 
 @pytest.mark.skipif(not MINI.is_dir(), reason=f"mini-MIRACL is not at {MINI}")

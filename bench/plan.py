@@ -65,12 +65,7 @@ def build_parser():
     add("--depth", type=positive_int, default=40, help="candidates a query, k in Sec. 4.1")
     add("--target", type=positive_int, default=30, help="negatives a query, N in Sec. 4.1")
     add("--epochs", type=positive_int, default=20, help="passes over the training queries (Sec. 4.1)")
-    add(
-        "--root",
-        default="hub",
-        metavar="FOLDER",
-        help="where stage 00 will find MIRACL; the hub needs HF_TOKEN",
-    )
+    add("--root", default="hub", metavar="FOLDER", help="where 00 will find MIRACL; the hub needs HF_TOKEN")
     add(
         "--eval-models",
         nargs="+",
@@ -84,12 +79,7 @@ def build_parser():
         help="ASSUMED: bf16 TFLOP/s of a GPU at most, an H100 SXM's by its maker",
     )
     add("--utilisation", type=float, default=0.3, help="ASSUMED: share of it that is reached, 0 to 1")
-    add(
-        "--price-in",
-        type=float,
-        metavar="P",
-        help="price of a million prompt tokens; without prices no money",
-    )
+    add("--price-in", type=float, metavar="P", help="price of a million prompt tokens")
     add("--price-out", type=float, metavar="P", help="price of a million completion tokens")
     add("--gpu-price", type=float, metavar="P", help="price of a GPU hour")
     add(

@@ -195,8 +195,8 @@ def download(langs):
             folders.append(Path(folder))
         except (HTTPError, OSError) as error:
             raise DataError(f"miracl/{name}: the hub does not give it ({error!r}); accept the terms at "
-                            f"https://huggingface.co/datasets/miracl/{name} and set HF_TOKEN to its token, or "
-                            "check the network and HF_HUB_OFFLINE, or point --root at a copy") from None
+                            f"https://huggingface.co/datasets/miracl/{name} and set HF_TOKEN to its "
+                            "token, or check the network and HF_HUB_OFFLINE, or point --root at a copy") from None
     return folders
 
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, load_stage
 
 sys.path.insert(0, str(ROOT / "bench"))
-from results import STAGES, fill, short  # noqa: E402
+from results import fill, short  # noqa: E402
 
 README = (ROOT / "README.md").read_text("utf-8")
 BLOCK = re.compile(r"(?:<!-- (needs|run by): (.+?) -->\n)?^```bash\n(.*?)^```$", re.M | re.S)
@@ -106,37 +106,41 @@ def test_make_variables_and_targets_exist():
 
 # --------------------------------------------------------------------------- records
 
-def shown_records():
-    return {name.split(".")[0]: line for name, line in re.findall(
-        r"^`(\w+\.jsonl)`, after .*\n\n<!-- table record \w+ -->\n```json\n(.*)\n```", README, re.M)}
+def shown_record():
+    """The line of topics.jsonl that the README shows."""
+    return re.search(r"<!-- table record topics -->\n```json\n(.*)\n```", README)[1]
 
 
 def test_records_are_valid():
     from common import parse_query
-    assert list(shown_records()) == list(STAGES)
     own = re.findall(r"this much is needed:\n\n```json\n(.*)\n```", README)
-    assert len(own) == 1 and len(re.findall(r"^```json", README, re.M)) == 5
-    for line in (*shown_records().values(), *own):
+    assert len(own) == 1 and len(re.findall(r"^```json", README, re.M)) == 2
+    for line in (shown_record(), *own):
         record = parse_query("README.md", 1, line.encode(), ["sw"])
         assert record["lang"] and record["positive_passages"]
 
 
-def test_records_have_texts_of_the_sample_and_go_through_the_stages():
-    records = {stage: json.loads(line) for stage, line in shown_records().items()}
-    lang, query_id = (records["topics"][key] for key in ("lang", "query_id"))
-    given = next(r for r in map(json.loads, open(ROOT / "sample/data/train.jsonl", encoding="utf-8")) if (r["lang"], r["query_id"]) == (lang, query_id))
-    corpus = {p["docid"]: p["text"] for p in map(json.loads, open(ROOT / f"sample/data/corpus/{lang}.jsonl", encoding="utf-8"))}
-    for record in records.values():
-        assert (record["lang"], record["query_id"], record["query"]) == (lang, query_id, given["query"])
-        assert short(record) == record
-        for key in ("positive_passages", "negative_passages", "candidate_passages", "false_negatives"):
-            assert all(p["text"] == corpus[p["docid"]] for p in record.get(key, []))
-    assert records["candidates"]["candidate_passages"][0]["ranks"] and "candidate_passages" not in records["filtered"]
-    removed = records["filtered"]["false_negatives"][0]
-    assert removed["grade"] == min(removed["accuracy"], removed["completeness"]) > 0 == records["filtered"]["negative_passages"][0]["grade"]
-    assert records["augmented"]["summary"] and records["augmented"]["generated_query"]
-    assert records["augmented"]["negative_passages"][0]["source"] == "generated-query"
-    assert records["topics"] == records["augmented"] | {"topic": records["topics"]["topic"]}
+def test_the_record_has_texts_of_the_sample_and_what_every_stage_adds():
+    record = json.loads(shown_record())
+    lang, query_id = record["lang"], record["query_id"]
+    train = map(json.loads, open(ROOT / "sample/data/train.jsonl", encoding="utf-8"))
+    given = next(r for r in train if (r["lang"], r["query_id"]) == (lang, query_id))
+    passages = map(json.loads, open(ROOT / f"sample/data/corpus/{lang}.jsonl", encoding="utf-8"))
+    corpus = {p["docid"]: p["text"] for p in passages}
+    assert record["query"] == given["query"] and short(record) == record
+    for key in ("positive_passages", "negative_passages", "false_negatives"):
+        assert all(p["text"] == corpus[p["docid"]] for p in record[key])
+    removed, = record["false_negatives"]
+    negative, = record["negative_passages"]
+    assert removed["grade"] == min(removed["accuracy"], removed["completeness"]) > 0 == negative["grade"]
+    assert record["summary"] and record["generated_query"] and negative["source"] == "generated-query"
+    assert negative["ranks"] and type(record["topic"]) is int and "candidate_passages" not in record
+
+
+def test_the_table_of_records_names_every_field_of_the_record():
+    table = " ".join(" ".join(row) for row in rows_of("The stages", "### The records"))
+    for field in json.loads(shown_record()):
+        assert field in table, field
 
 
 # --------------------------------------------------------------------------- names
@@ -146,8 +150,9 @@ def functions(path):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}
 
 
-def rows_of(heading):
-    section = re.search(rf"^## {heading}\n(.*?)^## ", README, re.M | re.S)[1]
+def rows_of(heading, below=""):
+    section = re.search(rf"^## {heading}\n(.*?)^## ", README, re.M | re.S)[1].partition(below or "\0")
+    section = section[2] if below else section[0].partition("\n### ")[0]
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in section.splitlines() if line.startswith("| ")][1:]
 
 

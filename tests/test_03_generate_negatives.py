@@ -150,9 +150,10 @@ def test_queries_that_are_not_short_cost_no_call_and_keep_their_first_n(data, se
 
 def test_passages_judged_relevant_become_false_negatives(data, server):
     server.reply = lambda kind, text: '{"accuracy": 2, "completeness": 1}' if kind == "judge" else text
-    records, counts = generate(data, server, "--fill", "none")
-    assert all(r["negative_passages"] == [] and r["false_negatives"] for r in records)
-    assert all(q["reason"].startswith("--fill none after 3 rounds") and "judged relevant" in q["reason"] for q in counts["short"])
+    records, counts = generate(data, server)
+    assert all({p["source"] for p in r["negative_passages"]} == {"random"} and r["false_negatives"] for r in records)
+    check(records, 12)
+    assert outcomes(counts)["found: judged relevant"] == sum(len(r["false_negatives"]) for r in records)
     records, _ = generate(data, server, "--drop-at", 2)
     assert all(p["grade"] == 1 for r in records for p in r["negative_passages"] if p["source"] == "generated-query")
 
@@ -160,7 +161,7 @@ def test_passages_judged_relevant_become_false_negatives(data, server):
 def test_flags_change_what_is_asked(data, server):
     def asked(*flags):
         server.seen.clear()
-        generate(data, server, "--fill", "none", "--limit", 3, *flags, target=6, out=f"{len(flags)}{flags[:1]}.jsonl", cache=f"c{flags}")
+        generate(data, server, "--limit", 3, *flags, target=6, out=f"{len(flags)}{flags[:1]}.jsonl", cache=f"c{flags}")
         return Counter(map(kind_of, server.seen)), server.seen[:]
     usual, _ = asked()
     assert asked("--no-judge-new")[0]["judge"] == 0 < usual["judge"]
@@ -184,13 +185,18 @@ def test_written_text_must_be_judged_0_whatever_drop_at_says(data, server):
     assert outcomes(counts)["written rejected: judged relevant"] > 0
 
 
-@pytest.mark.parametrize("share, most", [(0, 0), (0.1, 1), (0.5, 6)])
-def test_written_text_is_at_most_its_share(data, server, share, most):
-    server.reply = lambda kind, text: (random.Random(len(server.seen)).choice(SENTENCES) + " " + text) if kind == "written" else text
-    records, _ = generate(data, server, "--mode", "write", "--max-written", share, "--max-drift", 1, "--concurrency", 1)
-    written = [sum(p["source"] == "written" for p in r["negative_passages"]) for r in records]
-    assert max(written) <= most and (most == 0 or max(written) > 0)
-    assert all(p["title"] == r["positive_passages"][0]["title"] for r in records for p in r["negative_passages"] if p["source"] == "written")
+@pytest.mark.parametrize("target, most", [(1, 0), (3, 1), (12, 6)])
+def test_at_most_half_is_written(data, server, target, most):
+    def reply(kind, text):
+        if kind != "written":
+            return text
+        return random.Random(len(server.seen)).choice(SENTENCES) + " " + text
+    server.reply = reply
+    records, _ = generate(data, server, "--mode", "write", "--max-drift", 1, "--concurrency", 1, target=target)
+    written = [[p for p in r["negative_passages"] if p["source"] == "written"] for r in records]
+    assert max(map(len, written)) <= most and (most == 0 or any(written))
+    for record, passages in zip(records, written):
+        assert {p["title"] for p in passages} <= {record["positive_passages"][0]["title"]}
 
 
 SENTENCES = [p["text"] for lang in LANGS for p in read(ROOT / f"sample/data/corpus/{lang}.jsonl")]
@@ -246,7 +252,7 @@ def test_guards(data, text, reason):
     stage = load_stage("03_generate_negatives")
     guard = stage.Guard(data / "data", "sw", ["Mji mkuu wa Kenya ni upi?", "Watu wa Nairobi wanafanya biashara gani?"])
     assert guard.reason(text, "written") in (reason.split("|") if reason else [None])
-    assert reason or guard.reason(text, "written", [("a positive", text + " Tena.")]) == "repeats a positive"
+    assert reason or guard.reason(text, "written", [text + " Tena."]) == "repeats"
 
 
 def test_passages_of_people_pass_the_guards(data):
@@ -258,10 +264,12 @@ def test_passages_of_people_pass_the_guards(data):
         assert all(guard.reason(q, "query") is None for q in questions)
 
 
-def test_resemblance_is_the_share_of_common_runs():
+def test_repeating_is_sharing_most_runs_of_five_letters():
     stage = load_stage("03_generate_negatives")
-    assert stage.resemblance("Nairobi ni mji", "nairobi  NI mji") == 1
-    assert stage.resemblance("abcdefgh", "abcdefxy") == pytest.approx(2 / 6)  # abcde bcdef | cdefg defgh | cdefx defxy
+    assert stage.repeats("Nairobi ni mji", ["x", "nairobi  NI mji"])
+    assert not stage.repeats("Nairobi ni mji", ["Nairobi ni jina", ""]) and not stage.repeats("Nairobi", [])
+    # abcde bcdef cdefg defgh | efghi: 4 of 5 in common is enough, 4 of 6 is not
+    assert stage.repeats("abcdefgh", ["abcdefghi"]) and not stage.repeats("abcdefgh", ["abcdefghij"])
 
 
 # --------------------------------------------------------------------------- bad input, cache, cost
@@ -274,7 +282,7 @@ def test_a_target_larger_than_the_corpus_is_an_error(data, server):
 
 def test_bad_input_is_one_line_and_exit_2(data, server):
     for record, flags, said in (({"positive_passages": []}, (), "positive_passages"), ({}, ("--mode", "write", "--no-judge-new"), "--no-judge-new"),
-                                ({}, ("--max-drift", "2"), "share from 0 to 1")):
+                                ({}, ("--max-drift", "2"), "number from 0 to 1")):
         write(data / "bad.jsonl", [read(data / "in.jsonl")[0] | record])
         done = run_stage("03_generate_negatives.py", *arguments(data, server, *flags, source="bad.jsonl"))
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and said in done.stderr, done.stderr

@@ -57,7 +57,7 @@ def top(tmp_path_factory):
 
 
 def test_the_loss_on_held_out_instructions_falls(top):
-    losses = [row["dev_loss"] for row in read(top / "adapter.log.jsonl") if "dev_loss" in row]
+    losses = [row["eval_loss"] for row in read(top / "adapter.log.jsonl") if "eval_loss" in row]
     print("held-out loss:", losses)
     assert len(losses) == 7 and losses[-1] < 0.4 * losses[0]
 
@@ -77,25 +77,49 @@ def test_the_merged_folder_answers_like_the_adapter(top):
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(top):
-    command = [sys.executable, ROOT / "03a_tune_generator.py", "--base", top / "base", "--instructions", top / "chats.jsonl",
-               "--device", "cpu", "--lr", "0.01", "--epochs", "6", "--dev-share", "0.1", "--out", top / "again", "--save-every", "1"]
+    command = [sys.executable, ROOT / "03a_tune_generator.py", "--base", top / "base", "--instructions",
+               top / "chats.jsonl", "--device", "cpu", "--lr", "0.01", "--epochs", "6", "--dev-share", "0.1",
+               "--out", top / "again", "--save-every", "1"]
     process = subprocess.Popen(list(map(str, command)), env=os.environ | ONE_THREAD, stderr=subprocess.DEVNULL)
-    checkpoint = top / "again.checkpoint/last.pt"
-    while not checkpoint.exists() and process.poll() is None:
-        time.sleep(0.05)
-    time.sleep(0.5)
+    checkpoints = top / "again.checkpoint"
+    while not list(checkpoints.glob("*/checkpoint-3/trainer_state.json")) and process.poll() is None:
+        time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert checkpoint.exists() and not (top / "again").exists()
+    assert checkpoints.exists() and not (top / "again").exists()
+    newest = max(checkpoints.glob("*/checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    unfinished = newest.with_name("checkpoint-99")  # as a kill leaves one that was being written
+    unfinished.mkdir()
     done = tune(top, "again")
-    assert done.returncode == 0 and "going on from step" in done.stderr
+    assert done.returncode == 0 and "going on from" in done.stderr and "checkpoint-99" not in done.stderr
+    assert not checkpoints.exists()
     name = "adapter_model.safetensors"
     assert (top / "again" / name).read_bytes() == (top / "adapter" / name).read_bytes()
 
 
+def test_flags_change_the_weights(top, capsys):
+    stage = load_stage("03a_tune_generator")
+
+    def weights(*flags):
+        out = top / ("flags" + "".join(flags))
+        stage.main(["--base", str(top / "base"), "--instructions", str(top / "chats.jsonl"), "--device", "cpu",
+                    "--limit", "20", "--epochs", "2", "--dev-share", "0", "--out", str(out), *flags])
+        return (out / "adapter_model.safetensors").read_bytes()
+
+    # a checkpoint of other settings, which no run may take
+    (top / "flags.checkpoint/0123/checkpoint-9").mkdir(parents=True)
+    (top / "flags.checkpoint/0123/checkpoint-9/trainer_state.json").write_text("{}")
+    usual = weights()
+    for flags in (["--lr", "1e-2"], ["--seed", "5"], ["--rank", "4"], ["--epochs", "1"], ["--batch-size", "2"],
+                  ["--accumulation", "2"], ["--max-len", "109"], ["--warmup", "0"], ["--dev-share", "0.2"]):
+        assert weights(*flags) != usual, flags
+    assert capsys.readouterr().out == ""  # Trainer's log goes to stderr
+
+
 def test_two_processes_make_the_steps_of_one(top):
     from safetensors.numpy import load_file
-    args = ["--base", top / "base", "--instructions", top / "chats.jsonl", "--device", "cpu", "--epochs", 1, "--lr", 1e-3, "--dev-share", 0, "--limit", 24]
+    args = ["--base", top / "base", "--instructions", top / "chats.jsonl", "--device", "cpu", "--epochs", 1, "--lr", 1e-3,
+            "--dev-share", 0, "--warmup", 0, "--limit", 32]
     load_stage("03a_tune_generator").main([*map(str, args), "--out", str(top / "one")])
     two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                           *map(str, [ROOT / "03a_tune_generator.py", *args, "--out", top / "two"])],
@@ -186,6 +210,7 @@ def test_bad_instructions_are_one_line_and_exit_2(tmp_path, capsys, line, said):
 
 def test_the_loss_is_on_the_answer_only(tmp_path):
     """The labels are the answer and its end, in a model with a chat template of its own and in one without."""
+    import torch
     from transformers import AutoTokenizer
     stage = load_stage("03a_tune_generator")
     chat = {"lang": "en", "messages": stage.chat("Summarize.", "Accra is big.", "Big.")}
@@ -193,13 +218,12 @@ def test_the_loss_is_on_the_answer_only(tmp_path):
     for template in (stage.CHAT_TEMPLATE, tiny_lm.CHAT_TEMPLATE):
         tokenizer.chat_template = template
         examples, _ = stage.tokenize([chat, chat], tokenizer, 2048)
-        ids, mask, labels = stage.collate([examples[0], (examples[1][0] + [5], examples[1][1])], "cpu")
-        kept = labels[0][labels[0] != -100].tolist()
-        assert tokenizer.decode(kept).strip() == "Big.<end>"
-        assert ids[0][labels[0] != -100].tolist() == kept and mask[0].tolist() == [1] * len(examples[0][0]) + [0]
-        short, n_cut = stage.tokenize([chat], tokenizer, len(examples[0][0]) - 1)
-        assert n_cut == 0 and len(short[0][0]) == len(examples[0][0]) - 1
-        assert stage.tokenize([chat], tokenizer, examples[0][1]) == ([], 1)
+        ids, labels = (torch.tensor(examples[0][key]) for key in ("input_ids", "labels"))
+        assert tokenizer.decode(labels[labels != -100]).strip() == "Big.<end>"
+        assert torch.equal(ids[labels != -100], labels[labels != -100])
+        short, n_cut = stage.tokenize([chat], tokenizer, len(ids) - 1)
+        assert n_cut == 0 and len(short[0]["labels"]) == len(short[0]["input_ids"]) == len(ids) - 1
+        assert stage.tokenize([chat], tokenizer, examples[0]["labels"].count(-100)) == ([], 1)
 
 
 # --------------------------------------------------------------------------- translation

@@ -7,17 +7,14 @@ Reads   candidates.jsonl of stage 01, or any file in Tevatron's layout (its nega
 Writes  filtered.jsonl: the records; negative_passages = kept [+ source, grade], false_negatives = removed
         [+ accuracy, completeness, grade]; no candidate_passages; unjudged: [{docid, reason}] where no answer
         was usable: it may be a false negative, so it is left out; the next run asks for it again
-Usage   python 02_filter_false_negatives.py --input runs/sample/candidates.jsonl --llm Llama-3.1-70B-Instruct
-            --out runs/sample/filtered.jsonl   (OPENAI_BASE_URL and OPENAI_API_KEY name the server)
+Usage   python 02_filter_false_negatives.py --input candidates.jsonl --llm NAME --out filtered.jsonl
         In batches, for half the price: --batch-export F.jsonl, have F*.jsonl answered by the host or by
         `vllm run-batch -i F.jsonl -o A.jsonl --model NAME`, then --batch-import A.jsonl (cascade: twice)
-Cost    one call a candidate (MIRACL: 40,203 x 40 = 1.6 million); --dry-run tells before anything is spent.
-        Our side: 1 ms of one core a call, 100 MB, however many answers there are (bench/judge_*.py)
+Cost    a call a candidate (MIRACL: 1.6 million; --dry-run tells), 1 ms of a core each, 100 MB (bench/judge_*)
 """
 import asyncio
 import contextlib
 import functools
-import json
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -25,11 +22,9 @@ import common
 from common import DataError, Output, Parser, parse_line, progress, read_lines, read_queries, run, say
 from llm import LLM, Answers, in_order, judge_candidates, judge_flags, read_answer
 
-REPLACED = ("candidate_passages", "negative_passages", "false_negatives", "unjudged")  # in the records
 BATCH_REQUESTS = 50_000  # OpenAI's limits of one batch file
 BATCH_BYTES = 200_000_000
 ANSWER_TOKENS = 16  # of one judgment
-TEMPLATE_TOKENS = 10  # that the chat template adds to a prompt
 
 
 def build_parser():
@@ -38,11 +33,9 @@ def build_parser():
     flag("--input", required=True, metavar="FILE", help="candidates.jsonl, or Tevatron's layout")
     flag("--out", required=True, metavar="FILE", help="filtered.jsonl")
     judge_flags(parser)
-    flag("--cascade-llm", metavar="NAME",
-         help="a small model that judges first; --llm is asked only where it does not score 0 and 0")
+    flag("--cascade-llm", metavar="NAME", help="judges first; --llm is asked where it scores above 0 and 0")
     flag("--cascade-base-url", metavar="URL", help="its server; default: as for --llm")
-    flag("--rejudge-human", action="store_true",
-         help="judge also what people judged non-relevant; it is kept without a call otherwise")
+    flag("--rejudge-human", action="store_true", help="judge also what people judged non-relevant")
     flag("--max-unjudged", type=common.share, default=0.01, metavar="SHARE",
          help="highest share of candidates without a usable answer; above it the exit status is 2")
     flag("--dry-run", action="store_true", help="print what it would cost and stop")
@@ -51,10 +44,8 @@ def build_parser():
          help="price of a million prompt tokens; a second one for --cascade-llm")
     flag("--price-out", type=float, nargs="+", default=[0], metavar="P", help="likewise of completion tokens")
     batch = parser.add_mutually_exclusive_group()
-    batch.add_argument("--batch-export", metavar="FILE",
-                       help="write the calls as OpenAI batch files (FILE, FILE-2, ...) and stop")
-    batch.add_argument("--batch-import", nargs="+", metavar="FILE",
-                       help="read their results, in any order, and ask no server")
+    batch.add_argument("--batch-export", metavar="FILE", help="write the calls as batch files and stop")
+    batch.add_argument("--batch-import", nargs="+", metavar="FILE", help="read their results, ask no server")
     return parser
 
 
@@ -67,14 +58,9 @@ def candidates_of(record, rejudge_human=False):
     human = {p["docid"]: p for p in negatives if p.get("source") == "human" and p["docid"] not in positives}
     mined = record.get("candidate_passages", [p for p in negatives if p["docid"] not in human])
     candidates = [c for c in mined if c["docid"] not in positives]
-    # judged negatives that no retriever found follow the mined ones: they are sure, but easier
     found = {c["docid"] for c in candidates}
-    candidates += [p for docid, p in human.items() if docid not in found]
+    candidates += [p for docid, p in human.items() if docid not in found]  # sure, but easier: after the mined
     return candidates, set(human), [c for c in candidates if rejudge_human or c["docid"] not in human]
-
-
-def settled(verdict):
-    return verdict is not None and verdict["accuracy"] == verdict["completeness"] == 0
 
 
 async def judge_all(llms, record, to_judge, args, counts):
@@ -83,9 +69,9 @@ async def judge_all(llms, record, to_judge, args, counts):
     if len(llms) > 1:
         # in batches the large model waits for the small one's missing answers; online it gets those, too
         online = not (args.batch_export or args.batch_import)
-        rest = [i for i, (verdict, _) in enumerate(answers) if not settled(verdict) and (verdict or online)]
-        counts["small: asked"] += len(answers)
-        counts["small: settled"] += sum(settled(verdict) for verdict, _ in answers)
+        settled = [verdict is not None and not any(verdict.values()) for verdict, _ in answers]
+        rest = [i for i, (verdict, _) in enumerate(answers) if not settled[i] and (verdict or online)]
+        counts.update({"small: asked": len(answers), "small: settled": sum(settled)})
         second = await judge_candidates(llms[0], record, [to_judge[i] for i in rest], args)
         for i, answer in zip(rest, second):
             answers[i] = answer
@@ -98,21 +84,23 @@ async def filter_record(llms, record, args):
     counts = Counter()
     answers = await judge_all(llms, record, to_judge, args, counts)
     answer_of = {c["docid"]: answer for c, answer in zip(to_judge, answers)}
-    kept, removed, unjudged = [], [], []
+    kept = []
+    removed = []
+    unjudged = []
     for passage in candidates:
-        docid = passage["docid"]
-        verdict, reason = answer_of.get(docid, ({"grade": 0}, None))
+        verdict, reason = answer_of.get(passage["docid"], ({"grade": 0}, None))
         if verdict is None:
-            unjudged.append({"docid": docid, "reason": reason})
+            unjudged.append({"docid": passage["docid"], "reason": reason})
         elif verdict["grade"] < args.drop_at:
-            source = "human" if docid in human else passage.get("source", "mined")
+            source = "human" if passage["docid"] in human else passage.get("source", "mined")
             kept.append(passage | {"source": source, "grade": verdict["grade"]})
         else:
             removed.append(passage | verdict)
-    counts.update(f"grade {verdict['grade']}" for verdict, _ in answer_of.values() if verdict)
-    counts.update(candidates=len(candidates), judged=len(to_judge), human=len(candidates) - len(to_judge),
-                  kept=len(kept), removed=len(removed), unjudged=len(unjudged))
-    record = {key: value for key, value in record.items() if key not in REPLACED}
+    counts.update(f"grade {verdict['grade']}" for verdict, _ in answers if verdict)
+    counts.update(queries=1, candidates=len(candidates), judged=len(to_judge), kept=len(kept),
+                  human=len(candidates) - len(to_judge), removed=len(removed), unjudged=len(unjudged))
+    for key in ("candidate_passages", "negative_passages", "false_negatives", "unjudged"):
+        record.pop(key, None)
     record |= {"negative_passages": kept, "false_negatives": removed}
     return record | ({"unjudged": unjudged} if unjudged else {}), counts
 
@@ -121,12 +109,9 @@ async def filter_record(llms, record, args):
 
 def clients(args, instead=None):
     """[the judge], and behind it the small judge of a cascade."""
-    def client(name, url):
-        return LLM(name, args.cache, url, args.concurrency, args.timeout, instead)
-    llms = [client(args.llm, args.base_url)]
-    if args.cascade_llm:
-        llms.append(client(args.cascade_llm, args.cascade_base_url or args.base_url))
-    return llms
+    servers = [(args.llm, args.base_url), (args.cascade_llm, args.cascade_base_url or args.base_url)]
+    return [LLM(name, args.cache, url, args.concurrency, args.timeout, instead)
+            for name, url in servers if name]
 
 
 async def filter_all(llms, args):
@@ -144,8 +129,8 @@ async def filter_all(llms, args):
 
 def filtered(llms, args):
     """The same for plain code. The whole input is read before money is spent: a bad record stops the run."""
-    n_to_judge = sum(len(candidates_of(record, args.rejudge_human)[2])
-                     for record in read_queries(args.input, args.lang, args.limit))
+    records = read_queries(args.input, args.lang, args.limit)
+    n_to_judge = sum(len(candidates_of(record, args.rejudge_human)[2]) for record in records)
     results = filter_all(llms, args)
 
     async def next_result():
@@ -166,26 +151,24 @@ def report(args, table, reasons, llms):
     """Say what became of the candidates; DataError where too few were judged or none is left."""
     total = sum(table.values(), Counter())
     for lang, n in sorted(table.items()):
-        percent = 100 * n["removed"] / max(1, n["candidates"])
-        say(f"{lang}: {n['candidates']} candidates, removed {n['removed']} ({percent:.1f}%), "
-            f"kept {n['kept']}, human {n['human']}, unjudged {n['unjudged']}")
+        rate = n["removed"] / max(1, n["candidates"])
+        say(f"{lang}: {n['candidates']} candidates, removed {n['removed']} ({rate:.1%}), kept {n['kept']}, "
+            f"human {n['human']}, unjudged {n['unjudged']}")
     for reason, n in reasons.most_common(10):
         say(f"unjudged: {n} x {reason}")
     for llm in llms:
         say(f"{llm.model}: {llm.stats['asked']} calls, {llm.stats['cached']} answers from {llm.path}")
     if args.cascade_llm:
-        say(f"cascade: {args.cascade_llm} settled {total['small: settled']} of {total['small: asked']} "
-            f"candidates, which {args.llm} was not asked")
+        say(f"cascade: {args.cascade_llm} settled {total['small: settled']} of {total['small: asked']}")
     if total["unjudged"] > args.max_unjudged * total["judged"]:
-        raise DataError(f"{args.input}: {total['unjudged']} of {total['judged']} candidates got no usable answer "
-                        f"(most: {reasons.most_common(1)[0][0]}); run again to ask again, or see --max-unjudged")
+        raise DataError(f"{args.input}: {total['unjudged']} of {total['judged']} candidates got no usable "
+                        f"answer (most: {reasons.most_common(1)[0][0]}); run again, or raise --max-unjudged")
     if not total["kept"]:
-        raise DataError(f"{args.input}: 0 of {total['candidates']} candidates kept at --drop-at {args.drop_at}; "
-                        "try --drop-at 2, or look at the judge's answers")
-    return total
+        raise DataError(f"{args.input}: 0 of {total['candidates']} candidates kept at --drop-at "
+                        f"{args.drop_at}; try --drop-at 2, or look at the judge's answers")
 
 
-# ---- money
+# ---- what it would cost
 
 def money(llms, args):
     """What the calls cost so far; a single price is that of both models."""
@@ -197,33 +180,29 @@ def money(llms, args):
 def token_counter(name):
     """(function from text to tokens, how it counts): the model's tokenizer, or an estimate without one."""
     from tokenizers import Tokenizer
+    path = Path(name) / "tokenizer.json"
+    on_hub = name.count("/") == 1 and not name.startswith((".", "/")) and not path.is_file()
     try:
-        path = Path(name) / "tokenizer.json"
-        if not path.is_file() and (name.count("/") != 1 or name.startswith((".", "/"))):
-            raise OSError("neither a model folder nor a hub name")
-        tokenizer = Tokenizer.from_file(str(path)) if path.is_file() else Tokenizer.from_pretrained(name)
+        tokenizer = Tokenizer.from_pretrained(name) if on_hub else Tokenizer.from_file(str(path))
     except Exception as error:  # offline, gated, absent, damaged: tokenizers raises bare Exceptions
-        how = f"estimated as bytes / 4; no tokenizer of {name}: {str(error)[:80]}"
-        return lambda text: len(text.encode("utf-8", "replace")) / 4, how
+        return (lambda text: len(text.encode("utf-8", "replace")) / 4,
+                f"estimated as bytes / 4; no tokenizer of {name}: {str(error)[:80]}")
     return (lambda text: len(tokenizer.encode(text, add_special_tokens=False)),
             f"counted with the tokenizer of {name}")
 
 
 def dry_run(args):
     """Print calls, tokens and money of a run, without what the cache holds."""
-    models = [name for name in (args.llm, args.cascade_llm) if name]
-    counters = {name: token_counter(args.tokenizer or name) for name in models}
-    # the instructions, the same in every call, are counted once
-    count = functools.lru_cache(lambda model, text: counters[model][0](text))
+    counters = {name: token_counter(args.tokenizer or name) for name in (args.llm, args.cascade_llm) if name}
+    count = functools.lru_cache(lambda model, text: counters[model][0](text))  # the instructions, once
 
     def instead(llm, key, body):
-        n_tokens = sum(count(llm.model, message["content"]) for message in body["messages"])
-        llm.stats.update(asked=1, prompt_tokens=TEMPLATE_TOKENS + n_tokens, completion_tokens=ANSWER_TOKENS)
+        n_tokens = 10 + sum(count(llm.model, message["content"]) for message in body["messages"])  # template
+        llm.stats.update(asked=1, prompt_tokens=n_tokens, completion_tokens=ANSWER_TOKENS)
         return "counted"
     llms = clients(args, instead)
     total = sum((counts for _, counts in filtered(llms, args)), Counter())
-    for llm in llms:
-        most = "at most " if args.cascade_llm and llm is llms[0] else ""
+    for llm, most in zip(reversed(llms), ("", "at most ")):  # the large model of a cascade is asked at most
         n = llm.stats
         print(f"{llm.model}: {most}{n['asked']} calls, {n['prompt_tokens']:.0f} prompt tokens "
               f"({counters[llm.model][1]}), {n['completion_tokens']} completion tokens (estimated), "
@@ -238,9 +217,12 @@ class BatchFiles:
     """Calls as OpenAI batch files within the host's limits, one model a file: FILE, FILE-2, ..."""
 
     def __init__(self, path, stack):
-        self.path, self.stack = path, stack  # the stack gives the files their names when it ends well
-        self.paths, self.seen = [], set()
-        self.files, self.n_lines = {}, Counter()  # model -> the file that is being filled; file -> its lines
+        self.path = path
+        self.stack = stack  # gives the files their names when it ends well
+        self.paths = []
+        self.files = {}  # model -> the file that is being filled
+        self.n_lines = Counter()  # of a file
+        self.seen = set()
 
     def add(self, llm, key, body):
         if bytes.fromhex(key) in self.seen:  # a custom_id stands for one request
@@ -250,13 +232,15 @@ class BatchFiles:
         line = common.dump(request).encode()
         file = self.files.get(llm.model)
         if file is None or self.n_lines[file] == BATCH_REQUESTS or file.tell() + len(line) > BATCH_BYTES:
-            stem = self.path.stem + (f"-{len(self.paths) + 1}" if self.paths else "")
-            self.paths.append(self.path.with_stem(stem))
-            temporary = self.stack.enter_context(common.atomic(self.paths[-1]))
-            file = self.files[llm.model] = self.stack.enter_context(open(temporary, "wb"))
+            file = self.files[llm.model] = self.next_file()
         file.write(line)
         self.n_lines[file] += 1
         return "exported"
+
+    def next_file(self):
+        number = f"-{len(self.paths) + 1}" if self.paths else ""
+        self.paths.append(self.path.with_stem(self.path.stem + number))
+        return self.stack.enter_context(open(self.stack.enter_context(common.atomic(self.paths[-1])), "wb"))
 
 
 def export(args):
@@ -271,8 +255,7 @@ def export(args):
             pass
     for stale in set(old) - set(files.paths):
         stale.unlink()
-    say(f"{len(files.seen)} calls in {len(files.paths)} files: {' '.join(map(str, files.paths))}"
-        if files.paths else "nothing is left to ask: run again without --batch-export")
+    say(f"{len(files.seen)} calls to ask, in {len(files.paths)} files: {' '.join(map(str, files.paths))}")
 
 
 def read_result(path, number, line):
@@ -285,15 +268,16 @@ def read_result(path, number, line):
     body = (result.get("response") or {}).get("body") or {}
     text, reason = read_answer(body)
     if reason == "broken":
-        error = result.get("error") or (body.get("error") if isinstance(body, dict) else body)
+        error = result.get("error") or (body.get("error") if isinstance(body, dict) else body) or "no answer"
         reason = str(error.get("message") if isinstance(error, dict) else error)[:200]
     return key, text, reason or (None if text.strip() else "empty")
 
 
 def import_results(args, llms):
     """Store the answers of batch results; {key: what went wrong} of the others."""
+    errors = {}
+    n = Counter()
     stores = [Answers(llm.path) for llm in llms]
-    errors, n = {}, Counter()
     for path in args.batch_import:
         for number, line in read_lines(path):
             key, text, reason = read_result(path, number, line)
@@ -319,23 +303,24 @@ def main(argv=None):
         return export(args)
     output = Output(args, [args.input])
     if output.is_done():
-        if not json.loads(output.meta_path.read_text("utf-8"))["counts"].get("unjudged", 1):
+        if not common.read_json(output.meta_path)["counts"].get("unjudged", 1):
             return
         say(f"{output.path}: some candidates were left unjudged, asking for them again")
     llms = clients(args)
     if args.batch_import:
         errors = import_results(args, llms)
         llms = clients(args, lambda llm, key, body: errors.get(key, "not in the batch results"))
-    table, reasons, total = defaultdict(Counter), Counter(), Counter()
+    table = defaultdict(Counter)
+    reasons = Counter()
 
     def records():
         for record, counts in filtered(llms, args):
-            total["queries"] += 1
             table[record["lang"]].update(counts)
             reasons.update(passage["reason"] for passage in record.get("unjudged", []))
             yield record
-        total.update(report(args, table, reasons, llms))  # before the file gets its name
+        report(args, table, reasons, llms)  # before the file gets its name
     output.write(records())
+    total = sum(table.values(), Counter())
     output.finish(**{name: total[name] for name in ("queries", "candidates", "removed", "kept", "unjudged")},
                   calls={llm.model: {kind: n for kind, n in llm.stats.items() if n} for llm in llms},
                   reasons=dict(reasons), by_lang={lang: dict(n) for lang, n in sorted(table.items())})

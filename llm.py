@@ -387,9 +387,8 @@ async def judge(llm, query, lang, candidate, reference=None, votes=1):
     if votes > 1:
         draws = [{"temperature": 0.7, "seed": seed} for seed in range(votes)]
     why = []
-    answers = await asyncio.gather(*(
-        llm.ask(messages, lambda text: parse_judgment(text, shown), why,
-                response_format=JUDGMENT, max_tokens=64, **draw) for draw in draws))
+    answers = [await llm.ask(messages, lambda text: parse_judgment(text, shown), why,
+                             response_format=JUDGMENT, max_tokens=64, **draw) for draw in draws]
     ballots = [answer | {"grade": min(answer.values())} for answer in answers if answer]
     if not ballots:
         return None, why[0]

@@ -18,25 +18,8 @@ import random
 import re
 from collections import Counter, defaultdict
 
-from common import (
-    LANGUAGES,
-    DataError,
-    Output,
-    Parser,
-    corpus_files,
-    corpus_languages,
-    fetch_passages,
-    normalise,
-    passage_text,
-    positive_int,
-    progress,
-    read_passages,
-    read_queries,
-    read_shards,
-    run,
-    say,
-    share,
-)
+import common
+from common import DataError, Output, Parser, fetch_passages, normalise, passage_text, positive_int, say
 from llm import LLM, in_order, judge_candidates, judge_flags, labelled
 from search import Ensemble
 
@@ -104,7 +87,7 @@ def build_parser():
          help="new queries find passages (Sec. 3.4), or the LLM writes up to half of N (not in the paper)")
     flag("--rounds", type=positive_int, default=3,
          help="generations per query, each from the next positive; then random passages fill up")
-    flag("--max-drift", type=share, default=0.5, metavar="SHARE",
+    flag("--max-drift", type=common.share, default=0.5, metavar="SHARE",
          help="share, 0 to 1, of a language's answers that may be rejected; more is an error")
     flag("--dry-run", action="store_true", help="print what it would cost and stop")
     flag("--out", required=True, metavar="FILE", help="augmented.jsonl")
@@ -145,7 +128,7 @@ def marks(passage):
 def find_short(args):
     """({lang: [Query]} with fewer than N, {lang: number of queries}); checks the input line by line."""
     short, n_queries = defaultdict(list), Counter()
-    for record in read_queries(args.input, args.lang, args.limit):
+    for record in common.read_queries(args.input, args.lang, args.limit):
         n_queries[record["lang"]] += 1
         query = Query(record, args.target)
         if query.missing:
@@ -172,16 +155,16 @@ class Guard:
 
     def __init__(self, data, lang, questions):
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
-        path, lines = next(read_shards(data, lang))
-        passages = [passage["text"] for passage in read_passages(path, lines[:GUARD_SAMPLE])]
+        path, lines = next(common.read_shards(data, lang))
+        passages = [passage["text"] for passage in common.read_passages(path, lines[:GUARD_SAMPLE])]
         self.lengths = sorted(map(len, passages))
         self.lang = lang
         self.n = 2 if lang in ("ja", "ko", "zh") else 3  # scripts of thousands of characters
         self.seen = {gram for text in questions + passages for gram in grams(text, self.n)}
         self.identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-        languages = {*corpus_languages(data), lang, "en"}  # English: what models fall back to
+        languages = {*common.corpus_languages(data), lang, "en"}  # English: what models fall back to
         if len(languages) == 1:
-            languages |= set(LANGUAGES)
+            languages |= set(common.LANGUAGES)
         self.identifier.set_languages(languages & set(self.identifier.labels))
         self.can_tell = lang in self.identifier.nb_classes
 
@@ -273,7 +256,7 @@ class Generation:
 
     async def generate(self, kind, query, system, data, others, *part):
         """One text that the guard lets pass, or None; what it rejects is counted and tried again."""
-        language = LANGUAGES.get(self.lang, self.lang)
+        language = common.LANGUAGES.get(self.lang, self.lang)
         messages = [{"role": "system", "content": system.format(language=language)},
                     {"role": "user", "content": f"Language: {language}\n{data}"}]
         for attempt in range(TRIES[kind]):
@@ -364,7 +347,7 @@ async def generate_all(short, ensemble, args):
     """Bring the short queries of every language to N in place; returns the counts of calls."""
     server = args.cache, args.base_url, args.concurrency, args.timeout
     async with LLM(args.llm, *server) as generator, LLM(args.judge_llm or args.llm, *server) as judge:
-        for lang, queries in progress(sorted(short.items()), desc="generate", unit="language"):
+        for lang, queries in common.progress(sorted(short.items()), desc="generate", unit="language"):
             await Generation(lang, queries, ensemble, generator, judge, args).bring_to_target()
     return dict(generator.stats + judge.stats)
 
@@ -372,7 +355,7 @@ async def generate_all(short, ensemble, args):
 def finished(short, sources, args):
     """Yield the grown records, and count the sources of their negatives on the way."""
     grown = {(lang, query.record["query_id"]): query for lang, queries in short.items() for query in queries}
-    for record in read_queries(args.input, args.lang, args.limit):
+    for record in common.read_queries(args.input, args.lang, args.limit):
         query = grown.get((record["lang"], record["query_id"])) or Query(record, args.target)
         sources[record["lang"]].update(p.get("source", "given") for p in query.record["negative_passages"])
         yield query.record
@@ -428,7 +411,7 @@ def main(argv=None):
     if args.dry_run:
         estimate([query.missing for queries in short.values() for query in queries], args)
         return
-    corpora = [path for lang in sorted(n_queries) for path in corpus_files(args.data, lang)]
+    corpora = [path for lang in sorted(n_queries) for path in common.corpus_files(args.data, lang)]
     output = Output(args, [args.input, *corpora], args.retrievers)
     if output.is_done():
         return
@@ -440,4 +423,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    common.run(main)

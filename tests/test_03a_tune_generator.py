@@ -205,6 +205,12 @@ def test_flags_change_the_weights(top, capsys):
     assert capsys.readouterr().out == ""  # Trainer's log goes to stderr
 
 
+def test_a_device_that_is_not_there_is_one_line_and_exit_2(top):
+    done = tune(top, "nowhere", "--device", "cuda", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2 and "--device cuda" in done.stderr.splitlines()[-1]
+    assert not list(top.glob("nowhere*"))
+
+
 def test_two_processes_make_the_steps_of_one(top):
     from safetensors.numpy import load_file
 

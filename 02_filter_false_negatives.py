@@ -10,7 +10,7 @@ Writes  filtered.jsonl: the records; negative_passages = kept [+ source, grade],
 Usage   python 02_filter_false_negatives.py --input candidates.jsonl --llm NAME --out filtered.jsonl
         In batches, for half the price: --batch-export F.jsonl, have F*.jsonl answered by the host or by
         `vllm run-batch -i F.jsonl -o A.jsonl --model NAME`, then --batch-import A.jsonl (cascade: twice)
-Cost    a call a candidate (MIRACL: 1.6 million; --dry-run tells), 1 ms of a core each, 100 MB (bench/judge_*)
+Cost    a call a candidate (MIRACL: 1.6 million; --dry-run tells), 1 ms of a core each, 80 MB (bench/judge_*)
 """
 import asyncio
 import contextlib

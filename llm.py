@@ -194,7 +194,7 @@ class LLM:
             return f"refused by the server: {told}"
         untried = self.takes_format and "format" not in self.reached
         if status in (400, 422) and "response_format" in body and untried:
-            say(f"{self.model}: the server refuses ({told}); asking without response_format")
+            say(f"{self.model}: perhaps the server takes no response_format ({told}); asking without it")
             self.takes_format = False
             return "response_format refused"
         if status in (409, 429) or status >= 500:

@@ -238,8 +238,8 @@ def build_parser():
     parser = Parser(__doc__)
     parser.add_argument("--port", type=int, default=0, help="port of 127.0.0.1; 0 takes a free one")
     parser.add_argument("--exec", nargs=argparse.REMAINDER, metavar="COMMAND", dest="command",
-                        help="run this command (all that follows is its own), OPENAI_BASE_URL pointing "
-                             "here, and OPENAI_API_KEY if it is unset; pass signals on; exit with its status, "
+                        help="run this command (all that follows is its own), OPENAI_BASE_URL pointing here "
+                             "and OPENAI_API_KEY if it is unset; pass signals on; exit with its status, "
                              "128 + the signal that ended it, 126 or 127 if it cannot be run")
     return parser
 

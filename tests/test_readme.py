@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, load_stage
 
 sys.path.insert(0, str(ROOT / "bench"))
-from readme_tables import STAGES, fill, short, table  # noqa: E402
+from results import STAGES, fill, short  # noqa: E402
 
 README = (ROOT / "README.md").read_text("utf-8")
 BLOCK = re.compile(r"(?:<!-- (needs|run by): (.+?) -->\n)?^```bash\n(.*?)^```$", re.M | re.S)
@@ -62,10 +62,6 @@ def test_marks_are_closed_and_do_not_begin_a_line():
     assert len(generated) == len(re.findall(r"<!-- (?:table|paper:) ", README)) == README.count("<!-- end -->")
     assert len(re.findall(r"\S ?<!-- = \S+ \S+(?: \S+)? -->[^<\n]+<!-- / -->", README)) == README.count("<!-- = ") == README.count("<!-- / -->") > 0
     assert not re.search(r"^<!-- [=/]", README, re.M)
-
-
-def test_a_missing_result_is_said_to_be_missing():
-    assert "Not measured yet" in table("no-such-file") and "results/no-such-file.json" in table("figure", "no-such-file")
 
 
 # --------------------------------------------------------------------------- commands; tests/test_readme_commands.py runs the others

@@ -101,7 +101,7 @@ def maker_settings(folder, name):
     """(what a folder's own files say, what is assumed where they do not); keys as in MAKERS."""
     files = read_json(folder / "config_sentence_transformers.json")
     prompts = files.get("prompts") or {}
-    passage = prompts.get("document") or prompts.get("passage") or prompts.get("corpus")
+    passage = prompts.get("document") or prompts.get("passage") or prompts.get("corpus", "")
     said = {"query_prefix": prompts.get("query"), "passage_prefix": passage,
             "similarity": files.get("similarity_fn_name"), "title_join": files.get("title_join")}
     if "title_join" not in files:  # not from save(): an empty prompt may be one that nobody thought of

@@ -1,7 +1,7 @@
 """How fast the encoder is, beside sentence-transformers' own encode and another checkout of this project.
 
-What    passages of all languages in mixed order, in fp32 on the CPU; each side in a process of its own, in turn, timed
-        once it has loaded the model and encoded 50 of them. The smallest cosine shows that all do the same work.
+What    passages of all languages in mixed order, in fp32 on the CPU; each side in a process of its own,
+        in turn, timed once the model is loaded and warm. The smallest cosine shows that all do the same work.
 Usage   python bench/encode_speed.py --data data/sample [--encoder FOLDER] [--other CHECKOUT] [--rounds 3]
 """
 import json
@@ -31,7 +31,7 @@ def make_encoder(folder, texts):
 
 
 def time_one(checkout, folder, work):
-    """Encode in this process; prints CPU and wall seconds and peak MB. Without a checkout: sentence-transformers."""
+    """Encode in this process, without a checkout by sentence-transformers; prints seconds and peak MB."""
     texts = json.loads(Path(work, "texts.json").read_text("utf-8"))
     if checkout:
         sys.path.insert(0, checkout)
@@ -57,11 +57,11 @@ def main(argv=None):
     sys.path.insert(0, str(ROOT))
     from common import Parser, corpus_languages, passage_text, positive_int, read_passages, read_shards
     parser = Parser(__doc__)
-    parser.add_argument("--data", default="data/sample", metavar="FOLDER", help="collection from 00_prepare_data.py")
-    parser.add_argument("--encoder", metavar="FOLDER", help="default: one of random weights, made on the spot")
-    parser.add_argument("--other", metavar="FOLDER", help="another checkout of this project to compare with")
-    parser.add_argument("--passages", type=positive_int, default=600, help="passages, drawn from all languages")
-    parser.add_argument("--rounds", type=positive_int, default=3, help="runs of each side; the median is shown")
+    parser.add_argument("--data", default="data/sample", metavar="FOLDER", help="from 00_prepare_data.py")
+    parser.add_argument("--encoder", metavar="FOLDER", help="default: random weights, made on the spot")
+    parser.add_argument("--other", metavar="FOLDER", help="another checkout of this project")
+    parser.add_argument("--passages", type=positive_int, default=600, help="drawn from all languages")
+    parser.add_argument("--rounds", type=positive_int, default=3, help="of each side; the median is shown")
     args = parser.parse_args(argv)
     shards = [shard for lang in corpus_languages(args.data) for shard in read_shards(args.data, lang)]
     texts = [passage_text(passage) for path, lines in shards for passage in read_passages(path, lines)]

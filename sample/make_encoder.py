@@ -6,8 +6,8 @@ Reads   DATA/corpus/<lang>.jsonl[.gz] or DATA/corpus/<lang>/*.jsonl[.gz]   {doci
 Writes  OUT/  a Hugging Face folder (AutoModel, AutoTokenizer) that SentenceTransformer(OUT) loads too;
         OUT/build.json holds arguments, corpus digests and counts
 Usage   python sample/make_encoder.py --data data/minimiracl --out models/minimiracl
-Cost    one CPU core mostly: 2,496 passages in 16 languages 18 s, mini-MIRACL's 62,608 in 73 s (both at --steps 600,
-        the default's 1000 should add about 10 s), 1.1 GB
+Cost    one CPU core mostly: 2,496 passages in 16 languages 18 s, mini-MIRACL's 62,608 in 73 s (both at
+        --steps 600, the default's 1000 should add about 10 s), 1.1 GB
 
 The model: a BPE tokeniser, trained on as many characters of each language, and a BERT without layers:
 a text's vector is the mean of its tokens' vectors. They start as random directions, longer for rarer
@@ -15,11 +15,8 @@ tokens (IDF), so that even before training the cosine of two texts is about that
 The warm-up: a title or short cut of a passage must find a long cut of the same passage among those of
 other passages in its language (InfoNCE, both ways).
 """
-import hashlib
 import json
-import os
 import random
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -32,8 +29,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import (DataError, Parser, corpus_files, corpus_languages, dump, fetch_passages, passage_text,
-                    positive_int, progress, read_shards, run, say)
+from common import (DataError, Parser, atomic_folder, corpus_files, corpus_languages, digest_file, dump,
+                    fetch_passages, passage_text, positive_int, progress, read_shards, run, say)
 
 START, PAD, END, UNKNOWN = range(4)  # token ids
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
@@ -41,34 +38,15 @@ MAX_TOKENS = 512
 TOKENISER_CHARACTERS = 400_000  # of each language: 5-10 s for 17 languages
 MAX_PIECE = 16                  # characters; keeps phrases of Thai, Chinese or Japanese from becoming tokens
 ROW_STD = 0.02                  # BERT's, here times the IDF
-# BERT's 1e-12 makes all tokens equally long, stop words too. 1.0 is far above a row's variance, so lengths stay as
-# they are. mini-MIRACL sw te id ar zh, one seed, nDCG@10 untrained and after 300 steps: 22 and 43 with 1e-12 and rows of
-# one length, 45 and 52 with 1.0 and rows by IDF; the two changes were not measured apart.
+# BERT's 1e-12 makes all tokens equally long, stop words too. 1.0 is far above a row's variance: lengths stay
+# as they are. mini-MIRACL sw te id ar zh, one seed, nDCG@10 untrained, after 300 steps: 22 and 43 with 1e-12
+# and rows of one length, 45 and 52 with 1.0 and rows by IDF; the two changes were not measured apart.
 NORM_EPSILON = 1.0
 TEMPERATURE = 0.05              # 0.03 and 0.1: both 0.8 lower there
 TITLE_SHARE = 0.3               # pairs with the title as one side; 0: 6 lower, 0.6: 0.6 higher
 SHORT_CUT = (4, 16)             # tokens, about a question
 LONG_CUT = (32, 128)            # tokens, about a passage
 
-# As sentence-transformers 6.2 saves [Transformer, Pooling("mean"), Normalize]; older releases read it only in part.
-SENTENCE_TRANSFORMERS = {
-    "modules.json": [
-        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"},
-        {"idx": 1, "name": "1", "path": "1_Pooling",
-         "type": "sentence_transformers.sentence_transformer.modules.pooling.Pooling"},
-        {"idx": 2, "name": "2", "path": "2_Normalize",
-         "type": "sentence_transformers.base.modules.normalize.Normalize"}],
-    "sentence_bert_config.json": {
-        "transformer_task": "feature-extraction",
-        "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
-        "module_output_name": "token_embeddings"},
-    "config_sentence_transformers.json": {
-        "__version__": {"pytorch": torch.__version__, "sentence_transformers": "6.2.0",
-                        "transformers": transformers.__version__},
-        "default_prompt_name": None, "model_type": "SentenceTransformer",
-        "prompts": {"document": "", "query": ""}, "similarity_fn_name": "cosine"},
-    "2_Normalize/config.json": {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"},
-}
 CARD = """---
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity
@@ -76,13 +54,13 @@ language: [{languages}]
 ---
 # {name}: a small stand-in, not a pretrained model
 
-Made by `sample/make_encoder.py` from {n_passages} passages of one collection ({languages}), and from nothing else:
-no pretrained weights, no queries, no judgments. It has a {vocab}-token BPE vocabulary and {width} dimensions, no
-attention layers; a text's vector is the mean of its tokens' vectors, L2-normalised. There is no prefix for queries or
-passages; a passage is its title, a line break and its text.
+Made by `sample/make_encoder.py` from {n_passages} passages of one collection ({languages}), no more:
+no pretrained weights, no queries, no judgments. It has a {vocab}-token BPE vocabulary, {width} dimensions, no
+attention layers; a text's vector is the mean of its tokens' vectors, L2-normalised. There is no prefix for
+queries or passages; a passage is its title, a line break and its text.
 
-It is meant for running and testing the pipeline where no model hub can be reached, as a start for fine-tuning on
-the same collection. It knows words by their neighbours in this collection only; do not compare it with
+It is meant for running and testing the pipeline where no model hub can be reached, as a start for fine-tuning
+on the same collection. It knows words by their neighbours in this collection only; do not compare it with
 published encoders. `build.json` says from which files and arguments it was made.
 """
 
@@ -91,13 +69,13 @@ def build_parser():
     parser = Parser(__doc__)
     parser.add_argument("--data", required=True, metavar="FOLDER", help="collection from 00_prepare_data.py")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="model folder to write")
-    parser.add_argument("--lang", nargs="+", metavar="CODE", help="use only these languages; default: all there are")
+    parser.add_argument("--lang", nargs="+", metavar="CODE", help="use only these; default: all there are")
     parser.add_argument("--max-passages", type=positive_int, default=5000,
                         help="passages used of each language, drawn at random; bounds memory and time")
-    parser.add_argument("--vocab", type=positive_int, default=32000, help="tokens at most, if the alphabets allow it")
+    parser.add_argument("--vocab", type=positive_int, default=32000, help="tokens at most")
     parser.add_argument("--width", type=positive_int, default=512, help="dimensions of a vector")
-    parser.add_argument("--steps", type=int, default=1000, help="warm-up steps; 0 leaves random projections of TF-IDF")
-    parser.add_argument("--batch-size", type=positive_int, default=128, help="pairs a step, all of one language")
+    parser.add_argument("--steps", type=int, default=1000, help="of warm-up; 0: random projections of TF-IDF")
+    parser.add_argument("--batch-size", type=positive_int, default=128, help="pairs a step, of one language")
     parser.add_argument("--lr", type=float, default=5e-3, help="falls linearly to 0 over the warm-up")
     parser.add_argument("--seed", type=int, default=13, help="seed of every random draw")
     parser.add_argument("--overwrite", action="store_true", help="make it again even where it is up to date")
@@ -110,7 +88,8 @@ def read_corpus(data, langs, limit, seed):
     for lang in langs:
         n_lines = sum(len(shard) for _, shard in read_shards(data, lang))
         if not n_lines:
-            raise DataError(f"{corpus_files(data, lang)[0]}: no passages; make it again, or leave {lang} out with --lang")
+            raise DataError(f"{corpus_files(data, lang)[0]}: no passages; make it again, or leave {lang} out "
+                            "with --lang")
         rows = random.Random(f"{seed}:{lang}").sample(range(n_lines), min(limit, n_lines))
         found = fetch_passages(data, lang, rows)
         passages[lang] = [found[row] for row in sorted(rows)]
@@ -118,9 +97,10 @@ def read_corpus(data, langs, limit, seed):
 
 
 def train_tokeniser(passages, vocab, seed):
-    """BPE, not Unigram: 8 times faster (4 against 34 s), and with the same bytes each time, which Unigram's are not.
+    """BPE, not Unigram: 8 times faster (4 against 34 s), and with the same bytes each time, unlike Unigram.
 
-    The encoder is as good with either: 52.8 on mini-MIRACL sw te id ar zh. BM25 is not: 57.3, and 60.3 with Unigram.
+    The encoder is as good with either: 52.8 on mini-MIRACL sw te id ar zh. BM25 is not: 57.3, and 60.3 with
+    Unigram.
     """
     sample = []
     for lang, those in passages.items():
@@ -132,7 +112,7 @@ def train_tokeniser(passages, vocab, seed):
                 break
     tokeniser = Tokenizer(models.BPE(unk_token=SPECIAL[UNKNOWN]))
     tokeniser.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    # Punctuation first, so that "(Paris)" and "Paris" give the same token: BM25 58.9, the other way round 55.3
+    # Punctuation first, so that "(Paris)" and "Paris" give one token: BM25 58.9, the other way round 55.3
     tokeniser.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(), pre_tokenizers.Metaspace()])
     tokeniser.train_from_iterator(sample, trainers.BpeTrainer(
@@ -145,13 +125,14 @@ def train_tokeniser(passages, vocab, seed):
 def tokenise(tokeniser, passages):
     """{lang: [(title's token ids, text's token ids)]}, int32, without special tokens."""
     def ids(texts):
-        return [np.array(e.ids, np.int32) for e in tokeniser.encode_batch_fast(texts, add_special_tokens=False)]
+        encoded = tokeniser.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(e.ids, np.int32) for e in encoded]
     return {lang: list(zip(ids([p["title"] for p in those]), ids([p["text"] for p in those])))
             for lang, those in passages.items()}
 
 
 def first_rows(token_ids, vocab, width, seed):
-    """(V, D) token vectors before the warm-up: random directions, as long as the token's IDF over all passages."""
+    """(V, D) token vectors before the warm-up: random directions, as long as the token's IDF."""
     frequency = np.zeros(vocab)  # passages with the token
     for those in token_ids.values():
         for title, text in those:
@@ -166,13 +147,15 @@ def first_rows(token_ids, vocab, width, seed):
 def embed(rows, texts):
     """(N, D) unit vectors of N arrays of token ids.
 
-    What BertModel with mean pooling gives while its position and type embeddings are 0: then a token's vector does not
-    depend on its place, and each distinct token needs computing once. With sparse gradients a step takes 25 ms.
+    What BertModel with mean pooling gives while its position and type embeddings are 0: then a token's vector
+    does not depend on its place, and each distinct token needs computing once. With sparse gradients a step
+    takes 25 ms.
     """
     flat = torch.from_numpy(np.concatenate([np.concatenate([[START], text, [END]]) for text in texts]))
     lengths = torch.tensor([len(text) + 2 for text in texts])
     distinct, place = flat.unique(return_inverse=True)
-    vectors = F.layer_norm(F.embedding(distinct, rows, sparse=True), rows.shape[1:], eps=NORM_EPSILON)  # (U, D)
+    vectors = F.embedding(distinct, rows, sparse=True)                    # (U, D)
+    vectors = F.layer_norm(vectors, rows.shape[1:], eps=NORM_EPSILON)
     return F.normalize(F.embedding_bag(place, vectors, lengths.cumsum(0) - lengths, mode="mean"), dim=1)
 
 
@@ -183,7 +166,7 @@ def draw_cut(draw, ids, shortest, longest):
 
 
 def draw_pair(draw, title, text):
-    """(query-like, passage-like) token ids from one passage; the two may overlap, as a query and its passage do."""
+    """(query-like, passage-like) token ids from one passage; the two may overlap, as in real pairs."""
     if len(title) and draw.random() < TITLE_SHARE:
         return title, draw_cut(draw, text, *LONG_CUT)
     return draw_cut(draw, text, *SHORT_CUT), np.concatenate([title, draw_cut(draw, text, *LONG_CUT)])
@@ -214,12 +197,16 @@ def warm_up(rows, token_ids, steps, batch_size, lr, seed):
 
 def save(folder, rows, tokeniser, seed, card):
     """Write what AutoModel, AutoTokenizer and SentenceTransformer read."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Normalize, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
     vocab, width = rows.shape
-    torch.manual_seed(seed)  # for the pooler, which nothing uses; without it loading warns of missing weights
+    torch.manual_seed(seed)  # for the pooler, which nothing uses; without it loading warns of missing ones
     model = BertModel(BertConfig(
-        vocab_size=vocab, hidden_size=width, num_hidden_layers=0, num_attention_heads=1, intermediate_size=width,
-        max_position_embeddings=MAX_TOKENS, type_vocab_size=1, layer_norm_eps=NORM_EPSILON, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0, pad_token_id=PAD, bos_token_id=START, eos_token_id=END))
+        vocab_size=vocab, hidden_size=width, num_hidden_layers=0, num_attention_heads=1,
+        intermediate_size=width, max_position_embeddings=MAX_TOKENS, type_vocab_size=1,
+        layer_norm_eps=NORM_EPSILON, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        pad_token_id=PAD, bos_token_id=START, eos_token_id=END))
     with torch.no_grad():
         model.embeddings.word_embeddings.weight.copy_(rows)
         model.embeddings.position_embeddings.weight.zero_()
@@ -229,10 +216,9 @@ def save(folder, rows, tokeniser, seed, card):
         tokenizer_object=tokeniser, bos_token="<s>", cls_token="<s>", eos_token="</s>", sep_token="</s>",
         pad_token="<pad>", unk_token="<unk>", model_max_length=MAX_TOKENS,
         model_input_names=["input_ids", "attention_mask"]).save_pretrained(folder)
-    pooling = {"embedding_dimension": width, "pooling_mode": "mean", "include_prompt": True}
-    for name, content in (SENTENCE_TRANSFORMERS | {"1_Pooling/config.json": pooling}).items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    modules = [Transformer(str(folder)), Pooling(width, "mean"), Normalize()]
+    SentenceTransformer(modules=modules, similarity_fn_name="cosine", device="cpu").save(
+        str(folder), create_model_card=False)
     (folder / "README.md").write_text(card, "utf-8")
 
 
@@ -241,22 +227,11 @@ def is_done(out, build):
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     if not (out / "build.json").is_file():  # never deleted, not even with --overwrite: it may be anything
-        raise DataError(f"{out} exists and was not made by make_encoder.py; remove it or choose another --out")
+        raise DataError(f"{out} exists and was not made by make_encoder.py; choose another --out")
     before = json.loads((out / "build.json").read_text("utf-8"))
     same = all(before.get(key) == value for key, value in build.items())
     say(f"{out} is up to date" if same else f"{out}: arguments or corpus changed, making it again")
     return same
-
-
-def put_in_place(folder, out):
-    """Rename the finished folder, so that out is never half-written."""
-    if out.exists():
-        old = out.with_name(f".{out.name}.{os.getpid()}.old")
-        out.rename(old)
-        folder.rename(out)
-        shutil.rmtree(old)
-    else:
-        folder.rename(out)
 
 
 def main(argv=None):
@@ -265,17 +240,17 @@ def main(argv=None):
         raise DataError(f"--steps {args.steps} --lr {args.lr}: want at least 0 steps and a rate above 0")
     started, out = time.time(), Path(args.out).absolute()
     langs = sorted(set(args.lang or corpus_languages(args.data)))
-    build = {"arguments": {k: v for k, v in vars(args).items() if k not in ("data", "out", "overwrite")} | {"lang": langs},
-             "corpus": {}}
+    arguments = {k: v for k, v in vars(args).items() if k not in ("data", "out", "overwrite")}
+    arguments["lang"] = langs
+    build = {"arguments": arguments, "corpus": {}}
     for path in [path for lang in langs for path in corpus_files(args.data, lang)]:
-        with open(path, "rb") as file:
-            build["corpus"][path.relative_to(args.data).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+        build["corpus"][path.relative_to(args.data).as_posix()] = digest_file(path)
     if is_done(out, build) and not args.overwrite:
         return
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(1)  # the number of threads changes the last bits of sums; here a second one gains little
+    torch.set_num_threads(1)  # the number of threads changes the last bits of sums; a second one gains little
     passages = read_corpus(args.data, langs, args.max_passages, args.seed)
     n_passages = sum(map(len, passages.values()))
     say(f"make_encoder: {n_passages} passages in {len(langs)} languages, seed {args.seed}, cpu")
@@ -285,18 +260,16 @@ def main(argv=None):
     rows = first_rows(token_ids, tokeniser.get_vocab_size(), args.width, args.seed)
     rows, loss = warm_up(rows, token_ids, args.steps, args.batch_size, args.lr, args.seed)
 
-    card = CARD.format(name=out.name, languages=", ".join(langs), n_passages=n_passages, vocab=len(rows), width=args.width)
-    folder = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    folder.mkdir(parents=True)
-    try:
+    card = CARD.format(name=out.name, languages=", ".join(langs), n_passages=n_passages, vocab=len(rows),
+                       width=args.width)
+    with atomic_folder(out) as folder:
         save(folder, rows, tokeniser, args.seed, card)
-        build["counts"] = {"passages": {lang: len(those) for lang, those in passages.items()}, "vocab": len(rows), "loss": loss}
+        build["counts"] = {"passages": {lang: len(those) for lang, those in passages.items()},
+                           "vocab": len(rows), "loss": loss}
         build["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
-        (folder / "build.json").write_text(dump(build), "utf-8")  # last: it marks a complete folder
-        put_in_place(folder, out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    say(f"{out}: {n_passages} passages, {len(rows)} tokens x {args.width}, loss {loss}, {time.time() - started:.0f} s")
+        (folder / "build.json").write_text(dump(build), "utf-8")
+    say(f"{out}: {n_passages} passages, {len(rows)} tokens x {args.width}, loss {loss}, "
+        f"{time.time() - started:.0f} s")
 
 
 if __name__ == "__main__":

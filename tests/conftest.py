@@ -1,13 +1,22 @@
 """Helpers that every test file uses."""
+
 import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two files run at a time, and idle threads of one would spin in the other's way
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two files run at a time
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+
+def pytest_sessionstart(session):
+    """MATMUL_PRECISION=highest|high|medium forces torch's: results must not hang on what a library set."""
+    if "MATMUL_PRECISION" in os.environ:
+        import torch
+
+        torch.set_float32_matmul_precision(os.environ["MATMUL_PRECISION"])
 
 
 def load_stage(name):
@@ -19,6 +28,11 @@ def load_stage(name):
 
 
 def run_stage(script, *args, env=None):
-    """Run a script as a user does; returns its CompletedProcess with text output. env adds to the environment."""
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], text=True, encoding="utf-8",
-                          capture_output=True, env=os.environ | (env or {}))
+    """Run a script as a user does; returns its CompletedProcess with text; env adds to the environment."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, args)],
+        text=True,
+        encoding="utf-8",
+        capture_output=True,
+        env=os.environ | (env or {}),
+    )

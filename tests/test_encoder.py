@@ -1,136 +1,587 @@
-"""The encoder: a model's own settings, what overrides them, and vectors that depend on nothing else."""
+"""The encoder: sentence-transformers' vectors, settings, what is refused, what is kept on disk."""
+
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from argparse import ArgumentParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import load_stage  # noqa: F401  (puts the project on the path)
-from tiny_models import random_bert, sentence_transformers_files
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+from tiny_models import LIMIT, random_bert, random_llama, sentence_transformer, sentence_transformers_files
 
 import encoder
 from common import DataError
-from encoder import Encoder, maker_settings
+from encoder import Encoder
 
 WORDS = [f"w{i}" for i in range(200)] + ["query:", "passage:"]
+PROMPTS = {"query": "query: ", "document": "passage: "}
 
 
-def texts(n, seed=0, longest=40):
+def texts(n, seed=0, longest=160):
     draw = np.random.default_rng(seed)
     return [" ".join(draw.choice(WORDS[:200], draw.integers(1, longest))) for _ in range(n)]
 
 
-PROMPTS = {"query": "query: ", "document": "passage: "}
+def smallest_cosine(a, b):
+    return ((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min()
 
 
-@pytest.mark.parametrize(("pooling", "normalise", "prompts", "legacy"), [
-    ("mean", True, None, True), ("mean", True, PROMPTS, False), ("mean", False, PROMPTS, True),
-    ("cls", True, None, True), ("cls", True, PROMPTS, False), ("cls", False, None, False)])
-def test_vectors_equal_those_of_sentence_transformers(tmp_path, pooling, normalise, prompts, legacy):
+def same_as_theirs(ours, folder, those=None, least=0.99999):
+    """Both kinds of vectors are those of SentenceTransformer(folder), for long texts too."""
     from sentence_transformers import SentenceTransformer
-    folder = tmp_path / "model"
-    random_bert(folder, WORDS)
-    sentence_transformers_files(folder, pooling, normalise, prompts, legacy)
-    ours, theirs = Encoder(str(folder), "cpu", 100, 100), SentenceTransformer(str(folder), device="cpu")
+
+    theirs = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
+    those = those or texts(40)
     for kind, encode in (("query", theirs.encode_query), ("passage", theirs.encode_document)):
-        a, b = ours.encode(texts(50), kind), encode(texts(50))
-        cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-        assert cosine.min() > 0.9999
-        assert np.allclose(np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1), rtol=1e-4)
-        assert np.allclose(np.linalg.norm(a, axis=1), 1, atol=1e-4) == normalise
+        a, b = ours.encode(those, kind), encode(those)
+        assert smallest_cosine(a, b) > least
+    return theirs
 
 
-@pytest.mark.parametrize(("name", "pooling", "normalise", "prompts"), [
-    ("multilingual-e5-large", "mean", True, PROMPTS), ("bge-m3", "cls", True, None), ("bert-base-multilingual-cased", "cls", True, None),
-    ("mdpr-tied-pft-msmarco", "cls", False, None), ("mcontriever-msmarco", "mean", False, None), ("gte-multilingual-base", "cls", True, None)])
-def test_a_folder_known_by_its_name_alone_gives_the_vectors_of_sentence_transformers(tmp_path, name, pooling, normalise, prompts):
-    from sentence_transformers import SentenceTransformer
-    ours = Encoder(random_bert(tmp_path / name, WORDS), "cpu")
-    random_bert(tmp_path / "theirs", WORDS)
-    theirs = SentenceTransformer(sentence_transformers_files(tmp_path / "theirs", pooling, normalise, prompts), device="cpu")
-    for kind, encode in (("query", theirs.encode_query), ("passage", theirs.encode_document)):
-        assert np.allclose(ours.encode(texts(20), kind), encode(texts(20)), atol=1e-4)
+# --------------------------------------------------------------------------- sentence-transformers' vectors
 
 
-def test_known_models_without_files_of_their_own_are_used_as_their_makers_do(tmp_path):
-    for name, expected in {
-            "intfloat/multilingual-e5-large": ("mean", "query: ", "passage: ", True, " "),
-            "BAAI/bge-m3": ("cls", "", "", True, "\n"),
-            "google-bert/bert-base-multilingual-cased": ("cls", "", "", True, "\n"),
-            "castorini/mdpr-tied-pft-msmarco": ("cls", "", "", False, " "),
-            "facebook/mcontriever-msmarco": ("mean", "", "", False, " "),
-            "Alibaba-NLP/gte-multilingual-base": ("cls", "", "", True, "\n"),
-            "somebody/other": ("mean", "", "", True, "\n"),
-            "intfloat/multilingual-e5-large-instruct": ("mean", "", "", True, "\n")}.items():
-        settings, limit = maker_settings(tmp_path, name)
-        assert tuple(settings.values()) == expected and limit is None
-    prompts = {"query": "frage: ", "document": ""}
-    sentence_transformers_files(tmp_path, "cls", False, prompts)
-    settings, limit = maker_settings(tmp_path, "multilingual-e5-small")
-    assert settings == {"pooling": "cls", "query_prefix": "frage: ", "passage_prefix": "passage: ", "normalise": False, "title_join": " "}
-    assert limit == 100
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {},
+        {"normalise": False},
+        {"pooling": "cls"},
+        {"pooling": "lasttoken"},
+        {"pooling": "max", "normalise": False},
+        {"prompts": PROMPTS},
+        {"prompts": PROMPTS, "pooling": "cls"},
+        {"prompts": PROMPTS, "pooling": "lasttoken"},
+        {"prompts": PROMPTS, "include_prompt": False},
+        {"dense": 16},
+        {"dense": 16, "normalise": False},
+        {"dense": 48, "pooling": "lasttoken", "prompts": PROMPTS},
+    ],
+    ids=str,
+)
+def test_vectors_are_those_of_sentence_transformers(tmp_path, kind):
+    folder = sentence_transformer(tmp_path / "model", WORDS, **kind)
+    ours = Encoder(folder, "cpu", 512, 512)
+    same_as_theirs(ours, folder)
+    assert ours.max_len == {"query": LIMIT, "passage": LIMIT} and 0 < ours.n_cut["passage"] < 40
+
+
+@pytest.mark.parametrize(
+    ("pooling", "normalise", "legacy"),
+    [("mean", True, True), ("mean", False, False), ("cls", True, False), ("cls", False, True)],
+)
+def test_folders_of_older_versions_are_read_as_theirs(tmp_path, pooling, normalise, legacy):
+    folder = random_bert(tmp_path / "model", WORDS)
+    sentence_transformers_files(folder, pooling, normalise, PROMPTS, legacy)
+    same_as_theirs(Encoder(folder, "cpu", 512, 512), folder)
+
+
+def test_a_model_that_pads_on_the_left_reads_its_last_token(tmp_path):
+    folder = random_llama(tmp_path / "model", WORDS)
+    same_as_theirs(Encoder(folder, "cpu", 512, 512), folder)
+
+
+def test_real_e5_gives_the_vectors_of_sentence_transformers(tmp_path):
+    folder = Path(os.environ.get("E5_SMALL") or ROOT / "models" / "multilingual-e5-small")
+    tool = ROOT.parent / "shared" / "tools" / "real_models.py"
+    if not folder.is_dir():
+        if not tool.is_file():
+            pytest.skip(f"no multilingual-e5-small: neither {folder}, nor E5_SMALL, nor {tool}")
+        folder = tmp_path / "multilingual-e5-small"
+        made = subprocess.run(
+            [sys.executable, tool, "e5", "--out", folder], cwd=tmp_path, capture_output=True
+        )
+        if made.returncode:
+            pytest.skip("multilingual-e5-small cannot be downloaded")
+    those = [
+        "Mji mkuu wa Kenya ni upi?",
+        "เมืองหลวงของประเทศไทย",
+        "日本で最も高い山は?",
+        "w 🙂",
+        "Nairobi " * 600,
+    ]
+    ours = Encoder(str(folder), "cpu", 512, 512)
+    same_as_theirs(ours, folder, those)
+    assert ours.n_cut == {"query": 1, "passage": 1}
+    short = Encoder(str(folder), "cpu", 64, 256, dtype="bf16")
+    assert smallest_cosine(short.encode(those[:4], "query"), ours.encode(those[:4], "query")) > 0.999
+    assert short.max_len == {"query": 64, "passage": 256}
+
+
+def test_a_prompt_named_passage_is_used_where_there_is_none_for_documents(tmp_path):
+    folder = sentence_transformer(
+        tmp_path / "model", WORDS, prompts={"query": "query: ", "passage": "passage: "}
+    )
+    assert Encoder(folder, "cpu").prefix == {"query": "query: ", "passage": "passage: "}
+
+
+def test_bf16_is_close_and_keeps_fp32_weights_for_training(tmp_path):
+    folder = sentence_transformer(tmp_path / "model", WORDS, prompts=PROMPTS)
+    exact, fast = Encoder(folder, "cpu"), Encoder(folder, "cpu", dtype="bf16")
+    assert (
+        0.999 < smallest_cosine(exact.encode(texts(40), "query"), fast.encode(texts(40), "query")) < 1 - 1e-7
+    )
+    assert exact.fingerprint("query") != fast.fingerprint("query")
+    vectors = fast.forward(fast.tokenize(texts(3), "query"), "query")
+    vectors.sum().backward()
+    weight = fast.model[0].model.embeddings.word_embeddings.weight
+    assert vectors.dtype == weight.dtype == weight.grad.dtype == torch.float32 and weight.grad.abs().sum() > 0
+
+
+def test_fp32_products_are_fp32_whatever_was_set_before(tmp_path):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        Encoder(random_bert(tmp_path / "model", WORDS), "cpu").encode(texts(2), "query")
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_vector_hardly_depends_on_what_is_encoded_with_it(tmp_path):
+    ours, batch = Encoder(random_bert(tmp_path / "model", WORDS), "cpu"), texts(100)
+    together = ours.encode(batch, "passage")
+    apart = np.concatenate([ours.encode(batch[i : i + 7], "passage") for i in range(0, len(batch), 7)])
+    assert np.allclose(apart, together, atol=1e-5) and np.array_equal(ours.encode(batch, "passage"), together)
+
+
+def test_a_batch_holds_texts_of_like_length_and_no_more_tokens_than_the_budget(tmp_path, monkeypatch):
+    ours, widths = Encoder(random_bert(tmp_path / "model", WORDS), "cpu"), []
+    forward = ours.forward
+    monkeypatch.setattr(encoder, "CPU_TOKENS", 500)
+    monkeypatch.setattr(
+        ours, "forward", lambda ids, kind: widths.append([len(i) for i in ids]) or forward(ids, kind)
+    )
+    ours.encode(texts(100), "passage")
+    assert all(max(lengths) * len(lengths) <= 500 for lengths in widths)
+    assert sum(widths, []) == sorted(sum(widths, []), reverse=True) and len(sum(widths, [])) == 100
+
+
+# --------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    ("name", "pooling", "similarity", "prompts", "join", "temperature"),
+    [
+        ("multilingual-e5-large", "mean", "cosine", PROMPTS, " ", 0.01),
+        ("bge-m3", "cls", "cosine", None, "\n", 0.02),
+        ("bert-base-multilingual-cased", "cls", "cosine", None, "\n", 0.02),
+        ("mdpr-tied-pft-msmarco", "cls", "dot", None, " ", 0.02),
+        ("mcontriever-msmarco", "mean", "dot", None, " ", 0.02),
+        ("multilingual-e5-large-instruct", "mean", "cosine", None, "\n", 0.02),
+        ("other", "mean", "cosine", None, "\n", 0.02),
+    ],
+)
+def test_a_folder_known_by_its_name_alone_is_used_as_its_makers_do(
+    tmp_path, capsys, name, pooling, similarity, prompts, join, temperature
+):
+    ours = Encoder(random_bert(tmp_path / name, WORDS), "cpu", 512, 512)
+    said = capsys.readouterr().err
+    assert (
+        said.count("\n") == 1
+        and f"{name}: " in said
+        and f'"pooling": "{pooling}"' in said
+        and similarity in said
+    )
+    theirs = sentence_transformer(
+        tmp_path / "theirs", WORDS, pooling, similarity == "cosine", prompts=prompts
+    )
+    same_as_theirs(ours, theirs, texts(20, longest=80))
+    lengths = np.linalg.norm(ours.encode(texts(20), "query"), axis=1)
+    assert np.allclose(lengths, 1, atol=1e-5) == (similarity == "cosine")
+    assert (
+        ours.passage_text({"title": "a", "text": "b"}) == f"a{join}b"
+        and ours.passage_text({"text": "b"}) == "b"
+    )
+    assert ours.default_temperature == temperature
+    settings = json.loads(json.dumps(ours.settings()))
+    assert settings["similarity"] == similarity and settings["assumed"]["pooling"] == pooling
+    assert pooling in str(settings["modules"]) and settings["max_len"] == {"query": 128, "passage": 128}
+
+
+def test_prompts_that_an_e5_folder_lacks_are_its_makers_and_that_is_said(tmp_path, capsys):
+    folder = sentence_transformer(
+        tmp_path / "multilingual-e5-small", WORDS, pooling="cls", prompts={"query": "w1 "}
+    )
+    ours = Encoder(folder, "cpu")
+    assert ours.prefix == {"query": "w1 ", "passage": "passage: "} and "passage: " in capsys.readouterr().err
+    assert ours.model[1].pooling_mode == "cls"
+    whole = sentence_transformer(tmp_path / "whole", WORDS, prompts={"query": "w1 "})
+    assert Encoder(whole, "cpu").prefix == {"query": "w1 ", "passage": ""} and capsys.readouterr().err == ""
+
+
+def test_the_folders_similarity_decides_the_length_of_vectors(tmp_path):
+    for similarity, unit in (("dot", False), ("cosine", True), (None, True)):
+        folder = sentence_transformer(
+            tmp_path / str(similarity), WORDS, normalise=False, similarity=similarity
+        )
+        lengths = np.linalg.norm(Encoder(folder, "cpu").encode(texts(5), "query"), axis=1)
+        assert np.allclose(lengths, 1, atol=1e-5) == unit
+    folder = sentence_transformer(tmp_path / "far", WORDS, similarity="euclidean")
+    with pytest.raises(DataError, match="similarity 'euclidean', want cosine or dot"):
+        Encoder(folder, "cpu")
+    assert Encoder(folder, "cpu", settings=["normalise=yes"]).similarity == "cosine"
 
 
 def test_settings_override_the_maker_and_each_changes_the_vectors(tmp_path):
-    folder = random_bert(tmp_path / "model", WORDS)
-    passage = {"title": "w1 w2", "text": " ".join(texts(1)[0].split() * 3)}
+    folder = sentence_transformer(tmp_path / "model", WORDS)
+    passage = {"title": "w1 w2", "text": " ".join(texts(1)[0].split()[:20])}
+
+    def encode(ours):
+        return np.concatenate(
+            [ours.encode([ours.passage_text(passage)], "passage"), ours.encode(["w3 w4 w5"], "query")]
+        )
+
     plain = Encoder(folder, "cpu")
-
-    def vectors(encoder):
-        return np.concatenate([encoder.encode([encoder.passage_text(passage)], "passage"), encoder.encode(["w3 w4 w5 w6"], "query")])
-
-    def fingerprints(encoder):
-        return encoder.fingerprint("query"), encoder.fingerprint("passage")
-
-    seen = {fingerprints(plain)}
-    for setting in ("pooling=cls", "query_prefix=query: ", "passage_prefix=passage: ", "normalise=no", r"title_join= w9\n", "query_max_len=3",
-                    "passage_max_len=5", "model:pooling=cls"):
+    vectors, seen = encode(plain), {(plain.fingerprint("query"), plain.fingerprint("passage"))}
+    for setting in (
+        "pooling=cls",
+        "pooling=lasttoken",
+        "query_prefix=query: ",
+        "passage_prefix=passage: ",
+        "normalise=no",
+        r"title_join= w9\n",
+        "query_max_len=3",
+        "passage_max_len=5",
+        "model:pooling=cls",
+    ):
         changed = Encoder(folder, "cpu", settings=[setting])
-        assert not np.allclose(vectors(changed), vectors(plain), atol=1e-4), setting
-        seen.add(fingerprints(changed))
-        assert (changed.fingerprint("passage") == plain.fingerprint("passage")) == setting.startswith("query_"), setting
-    assert len(seen) == 8  # the last is the first again
-    assert np.array_equal(vectors(Encoder(folder, "cpu", settings=["other:pooling=cls"])), vectors(plain))
-    for wrong in ("pooling=max", "poling=cls", "pooling", "normalise=1", "query_max_len=0"):
+        assert not np.allclose(encode(changed), vectors, atol=1e-4), setting
+        seen.add((changed.fingerprint("query"), changed.fingerprint("passage")))
+        kept = changed.fingerprint("passage") == plain.fingerprint("passage")
+        assert kept == setting.startswith("query_"), setting
+    assert len(seen) == 9  # the last is the first again
+    assert np.array_equal(encode(Encoder(folder, "cpu", settings=["other:pooling=cls"])), vectors)
+    for wrong in (
+        "pooling=max",
+        "poling=cls",
+        "pooling",
+        "normalise=1",
+        "query_max_len=0",
+        "query_max_len=x",
+    ):
         with pytest.raises(DataError, match="--settings"):
             Encoder(folder, "cpu", settings=[wrong])
 
 
-def test_a_vector_does_not_depend_on_what_is_encoded_with_it(tmp_path):
-    encoder, batch = Encoder(random_bert(tmp_path / "model", WORDS), "cpu"), texts(100)
-    together = encoder.encode(batch, "passage")
-    for n in (1, 7):
-        apart = np.concatenate([encoder.encode(batch[i:i + n], "passage") for i in range(0, len(batch), n)])
-        assert np.array_equal(apart, together)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1 if threads > 1 else 2)
-        assert np.array_equal(encoder.encode(batch, "passage"), together)
-    finally:
-        torch.set_num_threads(threads)
+def test_flags_reach_the_encoder(tmp_path):
+    parser = ArgumentParser()
+    encoder.encoder_flags(parser)
+    folder = random_bert(tmp_path / "model", WORDS)
+    args = parser.parse_args(
+        [
+            "--query-max-len",
+            "5",
+            "--passage-max-len",
+            "7",
+            "--dtype",
+            "bf16",
+            "--device",
+            "cpu",
+            "--settings",
+            "pooling=cls",
+            "model:query_prefix=w1 ",
+        ]
+    )
+    ours = encoder.from_flags(folder, args)
+    assert (
+        ours.max_len == {"query": 5, "passage": 7} and ours.dtype == "bf16" and ours.prefix["query"] == "w1 "
+    )
+    assert ours.model[1].pooling_mode == "cls"
+    plain = encoder.from_flags(folder, parser.parse_args([]))
+    assert plain.asked == {"query": 64, "passage": 256} and plain.dtype == (
+        "bf16" if torch.cuda.is_available() else "fp32"
+    )
 
 
-def test_inputs_are_cut_at_the_shortest_limit(tmp_path):
-    folder = tmp_path / "model"
-    random_bert(folder, WORDS)
-    assert Encoder(str(folder), "cpu", 64, 256).max_len == {"query": 64, "passage": 128}  # tokenizer and positions
+def test_inputs_are_cut_at_the_shortest_limit_and_counted(tmp_path, capsys):
+    folder = random_bert(tmp_path / "model", WORDS)
+    assert Encoder(folder, "cpu", 64, 256).max_len == {"query": 64, "passage": 128}  # tokenizer and positions
     sentence_transformers_files(folder, "mean", True)
-    assert Encoder(str(folder), "cpu", 64, 256).max_len == {"query": 64, "passage": 100}
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "xlm-roberta", "max_position_embeddings": 66, "pad_token_id": 1}))
-    assert encoder.max_positions(folder) == 64
+    ours = Encoder(folder, "cpu", 64, 256)
+    assert ours.max_len == {"query": 64, "passage": LIMIT}
+    exact, long = (
+        " ".join(["w1"] * (LIMIT - 2)),
+        " ".join(["w1"] * (LIMIT - 1)),
+    )  # [CLS] and [SEP] make two more
+    assert [len(ids) for ids in ours.tokenize([exact, long, "w1"], "passage")] == [LIMIT, LIMIT, 3]
+    assert ours.n_cut == {"query": 0, "passage": 1}
+    capsys.readouterr()
+    ours.report_cut()
+    assert capsys.readouterr().err == (
+        "model: 1 of 3 texts (passage) were cut at 100 tokens, by --passage-max-len or the "
+        "model's own limit\n"
+    )
 
 
-@pytest.mark.parametrize(("damage", "message"), [
-    (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer"),
-    (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer cannot be loaded"),
-    (lambda f: (f / "model.safetensors").write_bytes(b"12345678"), "no encoder"),
-    (lambda f: (f / "config.json").unlink(), "no encoder"),
-    (lambda f: sentence_transformers_files(f, "max", True), "pooling 'max' is not supported"),
-    (lambda f: (f / "modules.json").write_text('[{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}]'), "Dense is not supported"),
-    (lambda f: (f / "modules.json").write_text("["), "not JSON")])
-def test_a_model_folder_that_cannot_be_used_is_told_in_one_line(tmp_path, damage, message):
-    folder = tmp_path / "model"
-    random_bert(folder, WORDS)
+def test_positions_that_are_counted_from_the_padding_on_are_fewer(tmp_path):
+    from transformers import XLMRobertaConfig, XLMRobertaModel
+
+    folder = random_bert(tmp_path / "model", WORDS)
+    XLMRobertaModel(
+        XLMRobertaConfig(
+            vocab_size=210,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=66,
+        )
+    ).save_pretrained(folder)
+    ours = Encoder(folder, "cpu", 128, 128)
+    assert (
+        ours.max_len["passage"] == 64 and np.isfinite(ours.encode([" ".join(["w1"] * 200)], "passage")).all()
+    )
+
+
+# --------------------------------------------------------------------------- what is refused
+
+
+def change_json(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | values), "utf-8")
+
+
+def rename_weights(folder):
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {f"wrapper.{key}": w for key, w in weights.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+
+
+def drop_weights(folder, word):
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {key: w for key, w in weights.items() if word not in key},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+
+
+def without_tokenizer(folder):
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "tokenizer.json").unlink(), "no encoder to be used .*[Tt]okenizer"),
+        (without_tokenizer, "no tokenizer"),
+        (lambda f: (f / "tokenizer.json").write_text("{"), "no encoder to be used"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"12345678"), "no encoder to be used"),
+        (lambda f: (f / "model.safetensors").unlink(), "no file named model.safetensors"),
+        (lambda f: (f / "config.json").unlink(), "no encoder to be used"),
+        (lambda f: (f / "modules.json").write_text("["), "no encoder to be used"),
+        (lambda f: (f / "config_sentence_transformers.json").write_text("["), "not JSON"),
+        (lambda f: (f / "2_Dense" / "model.safetensors").unlink(), "no encoder to be used"),
+        (rename_weights, r"no weights for embeddings.LayerNorm.bias and \d+ in all"),
+        (
+            lambda f: drop_weights(f, "layer.1.output.dense.bias"),
+            "no weights for encoder.layer.1.output.dense.bias and 1 in all",
+        ),
+        (lambda f: change_json(f / "config.json", hidden_size=64), "no encoder to be used"),
+        (
+            lambda f: change_json(f / "config.json", auto_map={"AutoModel": "code.Model"}),
+            r"custom class \(auto_map\)",
+        ),
+        (
+            lambda f: change_json(f / "tokenizer_config.json", auto_map={"AutoTokenizer": ["code.T"]}),
+            r"custom class \(auto_map",
+        ),
+    ],
+)
+def test_a_folder_that_cannot_be_used_is_told_in_one_line(tmp_path, damage, message):
+    folder = Path(sentence_transformer(tmp_path / "model", WORDS, dense=8))
     damage(folder)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=message) as told:
         Encoder(str(folder), "cpu").encode(["w1"], "query")
+    assert str(tmp_path) in str(told.value)
+
+
+def test_a_class_of_the_folders_own_is_not_run(tmp_path):
+    folder = Path(sentence_transformer(tmp_path / "model", WORDS))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nclass Module: pass\n")
+    (folder / "modules.json").write_text(
+        json.dumps([{"idx": 0, "name": "0", "path": "", "type": "code.Module"}])
+    )
+    with pytest.raises(DataError, match="code.Module"):
+        Encoder(str(folder), "cpu").encode(["w1"], "query")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    folder = random_bert(tmp_path / "model", WORDS)
+    random_bert(tmp_path / "other", WORDS + [f"more{i}" for i in range(50)])
+    (tmp_path / "other" / "tokenizer.json").replace(tmp_path / "model" / "tokenizer.json")
+    with pytest.raises(DataError, match="tokenizer has 256 tokens, its model 206"):
+        Encoder(folder, "cpu").encode(["w1"], "query")
+
+
+def test_only_a_pooler_that_nothing_reads_may_be_missing(tmp_path):
+    folder = Path(random_bert(tmp_path / "model", WORDS))
+    vectors = Encoder(str(folder), "cpu").encode(texts(3), "query")
+    drop_weights(folder, "pooler")
+    assert np.array_equal(Encoder(str(folder), "cpu").encode(texts(3), "query"), vectors)
+
+
+def test_vectors_that_are_not_finite_name_model_and_text(tmp_path):
+    folder = Path(sentence_transformer(tmp_path / "model", WORDS))
+    weights = load_file(folder / "model.safetensors")
+    weights["embeddings.word_embeddings.weight"][4 + 7] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    ours = Encoder(str(folder), "cpu")
+    assert np.isfinite(ours.encode(["w1", "w2 w3"], "query")).all()
+    with pytest.raises(DataError, match="model: the vector of 'w1 w7 w3' is not finite"):
+        ours.encode(["w1", "w2 w3", "w1 w7 w3"], "query")
+
+
+# --------------------------------------------------------------------------- on disk
+
+
+def test_cached_vectors_are_found_again_without_the_model(tmp_path, monkeypatch):
+    folder, those = sentence_transformer(tmp_path / "model", WORDS), texts(20)
+    first = Encoder(folder, "cpu").encode_cached(those, "passage", tmp_path / "cache")
+    assert first.dtype == np.float16 and isinstance(first, np.memmap)
+    assert np.allclose(first, Encoder(folder, "cpu").encode(those, "passage"), atol=1e-3)
+    monkeypatch.setattr(encoder, "load_model", None)
+    (tmp_path / "model").rename(tmp_path / "renamed")
+    again = Encoder(str(tmp_path / "renamed"), "cpu").encode_cached(those, "passage", tmp_path / "cache")
+    assert np.array_equal(first, again)
+    (path,) = (tmp_path / "cache").rglob("*.npy")
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(DataError, match="cannot be read .*delete it"):
+        Encoder(str(tmp_path / "renamed"), "cpu").encode_cached(those, "passage", tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "2_Dense/model.safetensors", "1_Pooling/config.json", "tokenizer.json"]
+)
+def test_any_file_that_decides_vectors_changes_the_fingerprint(tmp_path, name):
+    folder = Path(sentence_transformer(tmp_path / "model", WORDS, dense=8))
+    before = Encoder(str(folder), "cpu").fingerprint("passage")
+    (folder / "README.md").write_text("other words")
+    (folder / "build.json").write_text("{}")
+    assert Encoder(str(folder), "cpu").fingerprint("passage") == before
+    with open(folder / name, "ab") as file:
+        file.write(b" ")
+    assert Encoder(str(folder), "cpu").fingerprint("passage") != before
+
+
+KILLED = """
+import sys
+sys.path[:0] = [{root!r}]
+import encoder
+encoder.SAVE_S, encoder.CPU_TOKENS = 0, 500
+forward, n = encoder.Encoder.forward, [0]
+def slow(self, token_ids, kind):
+    n[0] += 1
+    if n[0] == 6:
+        print("five batches", flush=True)
+        import time
+        time.sleep(60)
+    return forward(self, token_ids, kind)
+encoder.Encoder.forward = slow
+encoder.Encoder({folder!r}, "cpu").encode_file({path!r}, open({texts!r}).read().split("\\n"), "passage")
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+    folder, those, path = sentence_transformer(tmp_path / "model", WORDS), texts(60), tmp_path / "killed.npy"
+    (tmp_path / "texts").write_text("\n".join(those))
+    code = KILLED.format(root=str(ROOT), folder=folder, path=str(path), texts=str(tmp_path / "texts"))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert process.stdout.readline() == b"five batches\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (
+        not path.exists() and len(list(tmp_path.glob("killed.npy*"))) == 1
+    )  # what was saved, nothing temporary
+    monkeypatch.setattr(encoder, "CPU_TOKENS", 500)
+    ours, encoded = Encoder(folder, "cpu"), []
+    forward = ours.forward
+    monkeypatch.setattr(ours, "forward", lambda ids, kind: encoded.append(len(ids)) or forward(ids, kind))
+    ours.encode_file(tmp_path / "whole.npy", those, "passage")
+    n_batches = len(encoded)
+    ours.encode_file(path, those, "passage")
+    assert (
+        len(encoded) - n_batches == n_batches - 5
+        and path.read_bytes() == (tmp_path / "whole.npy").read_bytes()
+    )
+    assert not list(tmp_path.glob("*.partial"))
+
+
+class Bar:
+    n = 0
+
+    def update(self, n):
+        self.n += n
+
+
+def test_encoding_counts_on_the_bar_it_is_given_and_does_nothing_twice(tmp_path):
+    ours, bar = Encoder(random_bert(tmp_path / "model", WORDS), "cpu"), Bar()
+    for _ in range(2):
+        ours.encode_file(tmp_path / "a.npy", texts(30), "query", bar)
+    assert bar.n == 30
+    assert ours.encode([], "query").shape == (0, 32)
+
+
+@pytest.mark.parametrize("name", ["multilingual-e5-small", "mdpr", "other"])
+def test_a_saved_model_gives_everybody_the_same_vectors(tmp_path, name):
+    ours = Encoder(random_bert(tmp_path / name, WORDS), "cpu", 10, 20)
+    ours.similarity = "cosine"
+    vectors = ours.encode(texts(10), "passage")
+    ours.save(tmp_path / "saved")
+    saved = Encoder(str(tmp_path / "saved"), "cpu", 10, 20)
+    assert np.allclose(saved.encode(texts(10), "passage"), vectors, atol=1e-6)
+    assert (saved.prefix, saved.title_join, saved.similarity) == (ours.prefix, ours.title_join, "cosine")
+    wide = Encoder(str(tmp_path / "saved"), "cpu", 512, 512)
+    theirs = same_as_theirs(wide, tmp_path / "saved")
+    assert (
+        theirs.max_seq_length == 128 and theirs.similarity_fn_name == "cosine"
+    )  # not the 10 and 20 of training
+    assert np.allclose(np.linalg.norm(theirs.encode(texts(3)), axis=1), 1, atol=1e-5)
+    assert json.loads((tmp_path / "saved" / "tokenizer.json").read_text("utf-8"))["truncation"] is None
+
+
+def test_nothing_is_assumed_of_a_folder_that_we_saved(tmp_path, capsys):
+    folder = random_bert(tmp_path / "other", WORDS)
+    Encoder(folder, "cpu", settings=["query_prefix=", "title_join= "]).save(
+        tmp_path / "my-multilingual-e5-small"
+    )
+    capsys.readouterr()
+    saved = Encoder(str(tmp_path / "my-multilingual-e5-small"), "cpu")
+    assert (
+        saved.prefix == {"query": "", "passage": ""}
+        and saved.title_join == " "
+        and not capsys.readouterr().err
+    )
+
+
+def test_a_dense_layer_and_its_prompts_survive_saving(tmp_path):
+    folder = sentence_transformer(tmp_path / "model", WORDS, dense=16, normalise=False, prompts=PROMPTS)
+    ours = Encoder(folder, "cpu", 512, 512)
+    ours.save(tmp_path / "saved")
+    assert [type(module).__name__ for module in ours.model] == [
+        "Transformer",
+        "Pooling",
+        "Dense",
+        "Normalize",
+    ]
+    same_as_theirs(ours, tmp_path / "saved")
+
+
+def test_importing_the_encoder_loads_no_library():
+    code = "import sys, encoder; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
+    started = time.time()
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0 and time.time() - started < 5
+    )

@@ -330,12 +330,18 @@ class BM25:
                 self.words[i] = word
 
     def terms(self, texts):
-        """The terms of each text: its sub-words without those that are punctuation."""
+        """The terms of each text: its sub-words without punctuation, and what the tokenizer does not know."""
         texts = [unicodedata.normalize("NFKC", text).casefold() for text in texts]
         if self.tokenizer is None:
             return [words_of(text) for text in texts]
-        rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return [[self.words[i] for i in ids if i in self.words] for ids in rows]
+        rows = []
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        for text, ids, spans in zip(texts, encoded["input_ids"], encoded["offset_mapping"]):
+            rows.append([])
+            for i, (start, end) in zip(ids, spans):
+                unknown = words_of(text[start:end]) if i == self.tokenizer.unk_token_id else []
+                rows[-1] += [self.words[i]] if i in self.words else unknown
+        return rows
 
     @functools.lru_cache(maxsize=1)
     def index(self, lang):

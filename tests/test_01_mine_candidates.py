@@ -1,4 +1,4 @@
-"""Stage 01: on records whose scores can be worked out by hand, and against a slow reference that shares no code with it."""
+"""Stage 01 and search: on scores that can be worked out by hand, and against slow references."""
 
 import gzip
 import json
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, load_stage, run_stage
 from tiny_models import random_bert, save_tokenizer, word_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import common
@@ -41,7 +41,7 @@ spec.loader.exec_module(stage)
 
 @pytest.fixture(scope="module", autouse=True)
 def one_text_a_batch():
-    """Vectors hang in their last bits on what they are encoded with; all that is left here is the search's own."""
+    """Vectors hang in their last bits on what they are encoded with: what differs here is search's own."""
     before = encoder.CPU_TOKENS
     encoder.CPU_TOKENS = 1
     yield
@@ -217,7 +217,10 @@ def test_each_method_flag_changes_the_output(words, tmp_path):
         abs(dict(found)["1#1"] - 0.5) < 1e-3 and abs(dict(found)["5#0"]) < 1e-3
         for found in first_word.values()
     )
-    word_model(tmp_path / "a and b", ["a", "b", "no other"])
+    without = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2, "x": 3}, "[UNK]"))
+    without.normalizer = normalizers.Replace(Regex("[cd]"), "")
+    without.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=without, unk_token="[UNK]").save_pretrained(tmp_path / "a and b")
     lexical = [
         {d for d, _ in mined(run_mine(words, tmp_path, *flags, retrievers=("bm25",)))}
         for flags in ([], ["--bm25-tokenizer", tmp_path / "a and b"])
@@ -370,7 +373,7 @@ def slow(self, *args):  # so that the kills fall into the encoding
     time.sleep(0.02)
     return forward(self, *args)
 encoder.Encoder.forward = slow
-transformers.AutoModel, transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast, transformers.BertModel
+transformers.AutoModel, transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast
 draw, flags, seen, partial = random.Random(4), {flags!r}, {{}}, 0
 for kill in range(11):
     child = os.fork()
@@ -716,7 +719,7 @@ class Alone:
     encoders = {}
 
 
-# Hindi, Bengali, Telugu, Tamil, Thai, Arabic, Hebrew, Burmese, Latin with a mark that has no letter of its own
+# Hindi, Bengali, Telugu, Tamil, Thai, Arabic, Hebrew, Burmese, Latin with a mark that no letter has
 PAIRS = [
     ("\u0915\u0940\u0932", "\u0915\u0947\u0932"),
     ("\u0995\u09b2\u09be", "\u0995\u09b2\u09bf"),
@@ -746,7 +749,7 @@ def test_sub_words_of_marks_alone_and_bytes_of_letters_are_terms_and_punctuation
     assert words.terms(["\u0915 \u0940 ?", "\u0915 \u0947 \u0964", "7 \u2581 unknown"]) == [
         ["\u0915", "\u0940"],
         ["\u0915", "\u0947"],
-        ["7"],
+        ["7", "unkno"],  # what it does not know counts as without a tokenizer
     ]
     tokenizer = Tokenizer(
         models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
@@ -766,7 +769,7 @@ MINIMIRACL = ROOT.parent / "shared/data/minimiracl"
 
 @pytest.mark.skipif(not MINIMIRACL.is_dir(), reason="mini-MIRACL is not beside the project")
 def test_fused_scores_equal_a_brute_force_reference_on_swahili(tmp_path):
-    """Vectors of SentenceTransformer.encode, all products in float64, a plain sort: nothing shared with the stage."""
+    """Vectors of SentenceTransformer.encode, float64 products, a plain sort: nothing of the stage's."""
     from sentence_transformers import SentenceTransformer
 
     load_stage("00_prepare_data").main(

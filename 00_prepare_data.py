@@ -3,21 +3,23 @@
 Source  the data of Sec. 4.1 (MIRACL), or a collection of your own in one of four known layouts
         deviates from the house rule "NFC once, in stage 00": texts and ids stay byte for byte as they are
 Reads   sample    sample/data beside this script, which is laid out like OUT
-        miracl    the hub's miracl/miracl and miracl/miracl-corpus (gated: accept the terms, set HF_TOKEN), or a copy:
-                  ROOT/miracl-corpus/miracl-corpus-v1.0-LANG/docs-*.jsonl.gz, ROOT/miracl/miracl-v1.0-LANG/{topics,qrels}/
-        beir      ROOT/corpus.jsonl, queries.jsonl, qrels/train.tsv, qrels/dev.tsv (else test.tsv); needs --lang CODE
+        miracl    the hub's miracl/miracl and miracl/miracl-corpus (gated: accept the terms, set HF_TOKEN), or
+                  copies: ROOT/miracl-corpus/miracl-corpus-v1.0-LANG/, ROOT/miracl/miracl-v1.0-LANG/
+        beir      ROOT/corpus.jsonl, queries.jsonl, qrels/train.tsv, dev.tsv (else test.tsv); --lang CODE
         squad     ROOT/*.LANG.json: its paragraphs are the corpus, a tenth of its articles is dev
-        tevatron  ROOT/train.jsonl, dev.jsonl (else a tenth of the queries), corpus.jsonl (else all passages in the
-                  records), or ROOT itself a JSONL file; needs --lang CODE where the records have no `lang`
+        tevatron  ROOT/train.jsonl, dev.jsonl (else a tenth of the queries), corpus.jsonl (else the passages
+                  of the records), or ROOT itself a JSONL file; --lang CODE where the records have no `lang`.
+                  FlagEmbedding's records (query, pos, neg) as well: a docid is then a digest of the text
         Any of these files may be gzipped (.gz).
 Writes  OUT/corpus/LANG.jsonl        {docid, title, text}
-        OUT/train.jsonl, dev.jsonl   {query_id, lang, query, positive_passages, negative_passages}, in source order
+        OUT/train.jsonl, dev.jsonl   {query_id, lang, query, positive_passages, negative_passages}
         OUT/qrels/SPLIT/LANG.tsv     query_id 0 docid relevance: all judgments of the queries in that split
         OUT.meta.json                arguments, input digests, counts
-        Left out, counted and shown: empty passages, judgments of passages that are not in the corpus, queries without
-        a positive in it, unanswerable questions. Anything else that is wrong stops the stage and leaves OUT as it was.
-Usage   python 00_prepare_data.py --source miracl --root ../shared/data/minimiracl --lang sw te --out data/minimiracl
-Cost    mini-MIRACL (62,608 passages, 2,796 queries, 17 languages): 2 s, 43 MB; a million passages: 40 s, 55 MB; one core
+        All in source order. Left out, counted and shown: empty passages, judgments of passages not in the
+        corpus, queries without a positive in it, unanswerable questions. --limit N keeps the first N training
+        queries of a language, and all else. Any other fault stops the stage and leaves OUT as it was.
+Usage   python 00_prepare_data.py --source miracl --root ../shared/data/minimiracl --lang sw --out data/mini
+Cost    mini-MIRACL (62,608 passages, 2,796 queries): 2 s, 43 MB; a million passages: 40 s, 55 MB
 """
 import json
 import os
@@ -28,126 +30,36 @@ from array import array
 from collections import Counter, defaultdict
 from contextlib import ExitStack
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 
-from common import (DataError, Output, Parser, check_passage, check_text, corpus_files, corpus_languages,
-                    digest_file, dump, parse_line, progress, read_lines, read_queries, run, say)
+from common import (DataError, Output, Parser, atomic_folder, check_passage, check_text, corpus_files,
+                    corpus_languages, digest_file, dump, parse_line, parse_query, positive_int, progress,
+                    read_lines, run, say)
 
 SAMPLE = Path(__file__).resolve().parent / "sample" / "data"
 SPLITS = ("train", "dev")
-PARTS = ("corpus", "qrels", "train.jsonl", "dev.jsonl")  # what OUT consists of; other files in it are left alone
-DEV_SHARE = 10  # of ten articles (squad) or queries (tevatron) one is held out, where a source has no dev split
+PARTS = ("corpus", "qrels", "train.jsonl", "dev.jsonl")  # of OUT; other files in it are left alone
 
 
 def build_parser():
     parser = Parser(__doc__).common_flags()
-    parser.add_argument("--source", required=True, choices=list(SOURCES), help="layout of the data, see above")
-    parser.add_argument("--root", metavar="FOLDER", help="where the data is; default: sample/data beside this script "
-                        "for sample, hub (downloads) for miracl, none for the others")
+    parser.add_argument("--source", required=True, choices=list(SOURCES), help="layout of the data")
+    parser.add_argument("--root", metavar="FOLDER", help="where it is; default: sample/data beside this "
+                        "script for sample, hub (downloads) for miracl, none for the others")
+    parser.add_argument("--min-relevance", type=positive_int, default=1, metavar="GRADE",
+                        help="what is judged so or higher is a positive, others negatives; qrels keep all")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="the collection, such as data/NAME")
-    next(a for a in parser._actions if a.dest == "limit").help = (
-        "keep only the first N training queries of each language; corpora and dev stay whole")
     return parser
-
-
-# --------------------------------------------------------------------------- writing
-
-class Collection:
-    """The folder that is being written, and the counts for the closing table."""
-
-    def __init__(self, folder, limit, files):
-        self.folder, self.limit, self.files = folder, limit, files  # files: ExitStack that closes what is opened
-        self.counts, self.dropped, self.open = defaultdict(Counter), defaultdict(Counter), {}
-
-    def write(self, name, line):
-        if name not in self.open:
-            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            self.open[name] = self.files.enter_context(open(self.folder / name, "w", encoding="utf-8", newline="\n"))
-        self.open[name].write(line)
-
-    def add_passage(self, lang, passage):
-        self.counts[lang]["passages"] += 1
-        self.write(f"corpus/{lang}.jsonl", dump(plain(passage)))
-
-    def add_corpus(self, lang, read, wanted=()):
-        """Write the corpus that read() yields as (where, passage); returns {docid: passage} of the wanted docids.
-
-        Memory holds the wanted passages and 8 bytes for each other one (English MIRACL has 33M).
-        """
-        kept, hashes = {}, array("q")
-        for where, passage in progress(read(), desc=f"{lang}: passages", unit=""):
-            if isinstance(passage.get("text"), str) and not passage["text"].strip():
-                self.dropped[lang]["empty passages"] += 1
-                continue
-            check_passage(passage, where)
-            docid = check_id(passage["docid"], where)
-            self.add_passage(lang, passage)
-            hashes.append(hash(docid))
-            if docid in wanted:
-                kept[docid] = plain(passage)
-        if not hashes:
-            raise DataError(f"the corpus of {lang} has no passage with text; check --root and --lang")
-        hashes = np.sort(np.frombuffer(hashes, np.int64))
-        repeated, first = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist()), {}
-        for where, passage in read() if repeated else ():  # again, only to name the lines
-            docid = passage.get("docid")
-            if hash(docid) in repeated and passage["text"].strip() and first.setdefault(docid, where) != where:
-                raise DataError(f"{where}: docid {docid!r} is there twice, first at {first[docid]}; drop one")
-        return kept
-
-    def is_full(self, split, lang):
-        return split == "train" and self.counts[lang]["train"] == self.limit
-
-    def add_query(self, split, record, judgments):
-        """Write a record and, to the qrels, its judgments {docid: relevance}; count it where it has no positive."""
-        lang, query_id = record["lang"], record["query_id"]
-        if not record["positive_passages"]:
-            self.dropped[lang]["queries without a positive"] += 1
-            return
-        self.counts[lang][split] += 1
-        self.counts[lang]["positives"] += len(record["positive_passages"])
-        self.write(f"{split}.jsonl", dump(record))
-        for docid, relevance in judgments.items():
-            self.write(f"qrels/{split}/{lang}.tsv", f"{query_id}\t0\t{docid}\t{relevance}\n")
-
-    def add_judged(self, lang, read, splits):
-        """Write a language's corpus and {split: ({query_id: query}, {query_id: {docid: relevance}})}."""
-        wanted = {docid for _, qrels in splits.values() for judgments in qrels.values() for docid in judgments}
-        kept = self.add_corpus(lang, read, wanted)
-        for split, (queries, qrels) in splits.items():
-            for query_id, query in queries.items():
-                if self.is_full(split, lang):
-                    break
-                judged = qrels.get(query_id, {})
-                judgments = {docid: relevance for docid, relevance in judged.items() if docid in kept}
-                self.dropped[lang]["judgments of passages not in the corpus"] += len(judged) - len(judgments)
-                self.add_query(split, {
-                    "query_id": query_id, "lang": lang, "query": query,
-                    "positive_passages": [kept[d] for d, relevance in judgments.items() if relevance > 0],
-                    "negative_passages": [kept[d] | {"source": "human"} for d, relevance in judgments.items()
-                                          if relevance <= 0]}, judgments)
-
-    def table(self):
-        self.counts["all"], self.dropped["all"] = (sum(c.values(), Counter()) for c in (self.counts, self.dropped))
-        rows = [("language", "passages", "train", "dev", "positives/query", "dropped")]
-        for lang, n in self.counts.items():
-            n_queries = n["train"] + n["dev"]
-            rows.append((lang, n["passages"], n["train"], n["dev"], f"{n['positives'] / max(1, n_queries):.2f}",
-                         ", ".join(f"{count} {reason}" for reason, count in self.dropped[lang].items() if count) or "-"))
-        return "\n".join("{:9}{:>10}{:>8}{:>7}{:>17}  {}".format(*row) for row in rows)
-
-
-def plain(passage):
-    return {"docid": passage["docid"], "title": passage.get("title", ""), "text": passage["text"]}
 
 
 # --------------------------------------------------------------------------- reading
 
 def check_id(value, where):
     if len(value.split()) != 1:
-        raise DataError(f"{where}: id {value!r} has white space in it, which TREC files cannot hold; rename it")
+        raise DataError(f"{where}: id {value!r} has white space in it, TREC files cannot have it; rename it")
     return value
 
 
@@ -157,355 +69,448 @@ def add_once(queries, query_id, query, where):
     queries[query_id] = query
 
 
-def read_objects(*paths):
-    """Yield (where, object) of the lines of JSONL files."""
-    for path in paths:
-        for number, line in read_lines(path):
-            yield f"{path}:{number}", parse_line(path, number, line)
+def is_new(texts, lang, passage, where):
+    """Whether the docid is not in texts, {(lang, docid): (text, where)}; DataError if it had another text."""
+    key = hash((lang, check_id(passage["docid"], where)))
+    text = hash((passage.get("title", ""), passage["text"]))
+    first_text, first = texts.setdefault(key, (text, where))
+    if first_text != text:
+        raise DataError(f"{where}: docid {passage['docid']!r} has had another text, at {first}; rename one")
+    return first == where
+
+
+def read_corpora(corpora):
+    """Yield (where, lang, passage) of {lang: [JSONL files]}."""
+    for lang, paths in corpora.items():
+        for path in paths:
+            for number, line in read_lines(path):
+                yield f"{path}:{number}", lang, parse_line(path, number, line)
 
 
 def read_cells(path, n_cells):
     """Yield (where, cells) of tab-separated lines, checked to have n_cells; the last may have tabs in it."""
     for number, line in read_lines(path):
+        where = f"{path}:{number}"
         try:
-            cells = line.decode().removesuffix("\n").removesuffix("\r").split("\t", n_cells - 1)
+            cells = line.decode().rstrip("\r\n").split("\t", n_cells - 1)
         except UnicodeError as error:
-            raise DataError(f"{path}:{number}: not valid UTF-8 ({error}); convert the file to UTF-8") from None
-        if len(cells) != n_cells or not all(cell.strip() for cell in cells):
-            raise DataError(f"{path}:{number}: got {sum(bool(c.strip()) for c in cells)} columns, want {n_cells} separated "
-                            "by tabs; mend the line")
-        yield f"{path}:{number}", cells
-
-
-def read_topics(path):
-    queries = {}
-    for where, (query_id, query) in read_cells(path, 2):
-        add_once(queries, query_id, query, where)
-    return queries
+            raise DataError(f"{where}: not valid UTF-8 ({error}); convert the file to UTF-8") from None
+        n_filled = sum(bool(cell.strip()) for cell in cells)
+        if n_filled != n_cells:
+            raise DataError(f"{where}: got {n_filled} columns, want {n_cells}, between tabs; mend the line")
+        yield where, cells
 
 
 def read_qrels(path, n_columns, queries=None):
-    """{query_id: {docid: relevance}} of TREC's four columns or BEIR's three; queries: those that may be judged."""
-    qrels = {}
+    """{query_id: {docid: relevance}} of TREC's four columns or BEIR's three, on none but these queries."""
+    qrels = defaultdict(dict)
     for where, (query_id, *_, docid, relevance) in read_cells(path, n_columns):
         if query_id == "query-id":  # BEIR's header
             continue
         if not re.fullmatch("-?[0-9]+", relevance):
-            raise DataError(f"{where}: relevance is {relevance!r}, want {n_columns} columns with a whole number in the last; "
-                            "mend the line")
+            raise DataError(f"{where}: relevance is {relevance!r}, want a whole number; mend the line")
         if queries is not None and query_id not in queries:
-            raise DataError(f"{where}: query {query_id!r} is not among the queries; take files that belong together")
-        if docid in qrels.setdefault(query_id, {}):
+            raise DataError(f"{where}: query {query_id!r} is not among the queries; take files that belong")
+        if docid in qrels[query_id]:
             raise DataError(f"{where}: query {query_id!r} judges docid {docid!r} twice; drop one")
         qrels[query_id][docid] = int(relevance)
     return qrels
 
 
-def root_folder(args):
-    if not args.root or not Path(args.root).exists():
-        raise DataError(f"--root {args.root or 'FOLDER'}: not found; --source {args.source} --help tells its layout")
-    return Path(args.root)
-
-
-def first_file(*paths, need=True):
-    """The first of these files that is there, plain or gzipped."""
-    found = next((p for path in paths for p in (path, path.with_name(path.name + ".gz")) if p.is_file()), None)
-    if need and not found:
-        raise DataError(f"{paths[0]} not found; --help tells the layout of every source")
-    return found
+def find(path, need=True):
+    """The file, plain or gzipped; where there is none an error, or None if there need not be."""
+    for found in (path, path.with_name(path.name + ".gz")):
+        if found.is_file():
+            return found
+    if need:
+        raise DataError(f"{path} not found; fetch it, --help tells the layout of every source")
 
 
 def choose_languages(args, available):
-    missing = [lang for lang in args.lang or ["files laid out as --help tells"] if lang not in available]
-    if missing and (args.lang or not available):
-        raise DataError(f"{args.root}: no {' '.join(missing)} there, but {' '.join(sorted(available)) or 'nothing'}; "
-                        "check --root and --lang")
+    missing = " ".join(sorted(set(args.lang or []) - set(available)))
+    if missing or not available:
+        raise DataError(f"{args.root}: no {missing or 'files laid out as --help tells'} there, "
+                        f"but {' '.join(sorted(available)) or 'nothing'}; check --root and --lang")
     return sorted(set(args.lang or available))
 
 
 def held_out(keys, seed, lang):
     """A tenth of the keys, at least one of two; file order does not matter."""
     keys = sorted(set(keys), key=lambda key: (random.Random(f"{seed}:{lang}:{key}").random(), key))
-    return set(keys[:max(1, round(len(keys) / DEV_SHARE))]) if len(keys) > 1 else set()
+    return set(keys[:max(1, round(len(keys) / 10))]) if len(keys) > 1 else set()
 
 
-# --------------------------------------------------------------------------- sources: (input files, what converts them)
+# --------------------------------------------------------------------------- sources
+# Each returns (files it reads, parts); memory holds the judged passages of one part. A part is two functions:
+#   passages()  yields (where, lang, {docid, title, text})
+#   queries()   yields (where, split, {query_id, lang, query}, {docid: relevance}); more fields are kept
 
-def sample(args):
-    args.root = args.root or str(SAMPLE)
-    root = root_folder(args)
-    langs = choose_languages(args, corpus_languages(root))
-    files = {split: path for split in SPLITS if (path := root / f"{split}.jsonl").is_file()}
-    qrels = {(split, lang): path for split in files for lang in langs
-             if (path := root / "qrels" / split / f"{lang}.tsv").is_file()}
+def sample(args, root, counts):
+    corpora = {lang: corpus_files(root, lang) for lang in choose_languages(args, corpus_languages(root))}
+    splits = {split: root / f"{split}.jsonl" for split in SPLITS if (root / f"{split}.jsonl").is_file()}
+    qrels = {(split, lang): root / f"qrels/{split}/{lang}.tsv" for split in splits for lang in corpora}
+    qrels = {key: path for key, path in qrels.items() if path.is_file()}
 
-    def convert(collection):
-        for lang in langs:
-            collection.add_corpus(lang, partial(read_objects, *corpus_files(root, lang)))
-        for split, path in files.items():
-            judged = {lang: read_qrels(qrels[split, lang], 4) for lang in langs if (split, lang) in qrels}
-            for record in read_queries(path):
-                lang, query_id = record["lang"], record["query_id"]
-                if lang not in langs or collection.is_full(split, lang):
-                    continue
-                if query_id not in judged.get(lang, {}):
-                    raise DataError(f"{root}/qrels/{split}/{lang}.tsv: nothing on query {query_id!r}; make the sample again")
-                collection.add_query(split, record, judged[lang][query_id])
-    return [p for lang in langs for p in corpus_files(root, lang)] + [*files.values(), *qrels.values()], convert
+    def queries():
+        judged = {key: read_qrels(path, 4) for key, path in qrels.items()}
+        for split, path in splits.items():
+            for where, record in read_records(path, list(corpora)):
+                judgments = judged.get((split, record["lang"]), {}).get(record["query_id"])
+                if not judgments:
+                    raise DataError(f"{where}: qrels/{split} has nothing on query {record['query_id']!r}")
+                yield where, split, record, judgments
 
-
-def hub_files():
-    """(names of the files in the two hub repositories, as in a local copy; what downloads one and returns its path)."""
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HTTPError
-    from huggingface_hub.utils import logging
-    logging.set_verbosity_error()  # else a line for every retry
-
-    def ask(call, repo, *rest):
-        try:
-            return call(f"miracl/{repo}", *rest, repo_type="dataset")
-        except (HTTPError, OSError) as error:
-            status = getattr(getattr(error, "response", None), "status_code", "no answer")
-            remedy = (f"accept the terms at https://huggingface.co/datasets/miracl/{repo} and set HF_TOKEN to a token of that "
-                      "account" if status in (401, 403) else "check the network and HF_HUB_OFFLINE, or point --root at a "
-                      "folder laid out like the two repositories")
-            raise DataError(f"miracl/{repo}: the hub does not give it ({type(error).__name__}, {status}); {remedy}") from None
-
-    names = {f"{repo}/{name}" for repo in ("miracl", "miracl-corpus") for name in ask(HfApi().list_repo_files, repo)}
-    return names, lambda name: Path(ask(hf_hub_download, *name.split("/", 1)))
+    files = sum(corpora.values(), []) + list(splits.values()) + list(qrels.values())
+    return files, [(partial(read_corpora, corpora), queries)]
 
 
-def local_files(root):
-    return {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}, root.joinpath
-
-
-def miracl(args):
-    args.root = args.root or "hub"
-    names, fetch = hub_files() if args.root == "hub" else local_files(root_folder(args))
-    corpora = defaultdict(dict)  # {lang: {shard number: name}}
-    for name in names:
-        if found := re.fullmatch(r"miracl-corpus/miracl-corpus-v1\.0-([\w-]+)/docs-(\d+)\.jsonl(\.gz)?", name):
-            corpora[found[1]][int(found[2])] = name
-    plan = []  # (lang, corpus files, {split: [topics file, qrels file]})
+def miracl(args, root, counts):
+    topics_root, corpus_root = (root / "miracl", root / "miracl-corpus") if root else download(args.lang)
+    prefix = "miracl-corpus-v1.0-"
+    corpora = {path.name.removeprefix(prefix): path for path in corpus_root.glob(f"{prefix}*")}
+    files, parts = [], []
     for lang in choose_languages(args, corpora):
-        shards, pairs = corpora[lang], {}
-        missing = [f"docs-{number} of {lang}" for number in range(max(shards)) if number not in shards]
-        for split in SPLITS:  # German and Yoruba have no train
-            pair = [f"miracl/miracl-v1.0-{lang}/{kind}/{kind}.miracl-v1.0-{lang}-{split}.tsv" for kind in ("topics", "qrels")]
-            found = [next((n for n in (name, name + ".gz") if n in names), None) for name in pair]
-            if any(found):
-                pairs[split] = found
-                missing += [name for name, there in zip(pair, found) if not there]
-        if missing or not pairs:
-            raise DataError(f"{args.root}: {missing[0] if missing else f'miracl/miracl-v1.0-{lang}/topics'} is missing; "
-                            f"fetch it, or leave {lang} out with --lang")
-        pairs = {split: [fetch(name) for name in pair] for split, pair in pairs.items()}  # gated, so before the big ones
-        plan.append((lang, [fetch(name) for _, name in sorted(shards.items())], pairs))
-
-    def convert(collection):
-        for lang, shards, pairs in plan:
-            splits = {}
-            for split, (topics, qrels) in pairs.items():
-                queries = read_topics(topics)
-                splits[split] = queries, read_qrels(qrels, 4, queries)
-            collection.add_judged(lang, partial(read_objects, *shards), splits)
-    return [path for _, shards, pairs in plan for path in [*shards, *sum(pairs.values(), [])]], convert
+        numbers = [int(re.search(r"docs-(\d+)", path.name)[1]) for path in corpora[lang].glob("docs-*")]
+        corpus = [find(corpora[lang] / f"docs-{n}.jsonl") for n in range(max(numbers, default=0) + 1)]
+        judged = {}
+        for split in SPLITS:
+            pair = [topics_root / f"miracl-v1.0-{lang}/{kind}/{kind}.miracl-v1.0-{lang}-{split}.tsv"
+                    for kind in ("topics", "qrels")]
+            if split == "dev" or any(find(path, need=False) for path in pair):  # de and yo have no train
+                judged[split] = [find(path) for path in pair]
+        files += corpus + sum(judged.values(), [])
+        parts.append((partial(read_corpora, {lang: corpus}), partial(read_topics, lang, judged)))
+    return files, parts
 
 
-def beir(args):
-    root = root_folder(args)
+def download(langs):
+    """[folder of miracl/miracl, folder of miracl/miracl-corpus] from the hub, with these languages."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError
+    folders = []
+    for name in ("miracl", "miracl-corpus"):
+        files = [f"{name}-v1.0-{lang}/*" for lang in langs or ["*"]]
+        try:
+            folder = snapshot_download(f"miracl/{name}", repo_type="dataset", allow_patterns=files)
+            folders.append(Path(folder))
+        except (HTTPError, OSError) as error:
+            raise DataError(f"miracl/{name}: the hub does not give it ({error!r}); accept the terms at "
+                            f"https://huggingface.co/datasets/miracl/{name} and set HF_TOKEN to its "
+                            "token, or check the network and HF_HUB_OFFLINE, or point --root at a copy") from None
+    return folders
+
+
+def read_topics(lang, judged):
+    for split, (topics_path, qrels_path) in judged.items():
+        topics = {}
+        for where, (query_id, text) in read_cells(topics_path, 2):
+            add_once(topics, query_id, text, where)
+        qrels = read_qrels(qrels_path, 4, topics)
+        for query_id, text in topics.items():
+            yield topics_path, split, {"query_id": query_id, "lang": lang, "query": text}, qrels[query_id]
+
+
+def beir(args, root, counts):
     if len(args.lang or ()) != 1:
         raise DataError("--source beir needs --lang CODE, the one language of the collection (ISO 639-1)")
-    corpus, queries = first_file(root / "corpus.jsonl"), first_file(root / "queries.jsonl")
-    train, dev, test = (first_file(root / "qrels" / f"{name}.tsv", need=False) for name in ("train", "dev", "test"))
-    qrels = {split: path for split, path in (("train", train), ("dev", dev or test)) if path}
-    if not qrels:
-        raise DataError(f"{root}/qrels: no train.tsv, dev.tsv or test.tsv; --help tells the layout of every source")
-    if not train:
-        say(f"{root}: no qrels/train.tsv, so no training queries")
-    if not dev:
-        say(f"{root}: no qrels/dev.tsv, so " + ("dev is qrels/test.tsv" if test else "no dev queries"))
+    lang, = args.lang
+    corpus, topics = find(root / "corpus.jsonl"), find(root / "queries.jsonl")
+    qrels = {split: find(root / f"qrels/{split}.tsv", need=False) for split in (*SPLITS, "test")}
+    if not qrels["dev"]:
+        qrels["dev"] = qrels["test"]
+        say(f"{root}: no qrels/dev.tsv, so dev is qrels/test.tsv")
+    qrels = {split: qrels[split] for split in SPLITS if qrels[split]}
 
-    def read():
-        for where, record in read_objects(corpus):
+    def passages():
+        for where, _, record in read_corpora({lang: [corpus]}):
             check_text(record, "_id", where)
-            yield where, {"docid": record.pop("_id"), **record}
+            yield where, lang, record | {"docid": record["_id"]}  # judgments name _id, whatever else is there
 
-    def convert(collection):
-        texts, splits = {}, {}
-        for where, record in read_objects(queries):
+    def queries():
+        texts = {}
+        for where, _, record in read_corpora({lang: [topics]}):
             check_text(record, "_id", where)
             check_text(record, "text", where)
             add_once(texts, record["_id"], record["text"], where)
         for split, path in qrels.items():
             judged = read_qrels(path, 3, texts)
-            splits[split] = {query_id: text for query_id, text in texts.items() if query_id in judged}, judged
-        collection.add_judged(args.lang[0], read, splits)
-    return [corpus, queries, *qrels.values()], convert
+            for query_id, text in texts.items():
+                if query_id in judged:
+                    yield topics, split, {"query_id": query_id, "lang": lang, "query": text}, judged[query_id]
+
+    return [corpus, topics, *qrels.values()], [(passages, queries)]
 
 
-def read_squad(paths):
-    """Yield (where, article, docid, title, context, qas) of every paragraph; article is what a split never cuts."""
-    def field(record, key, kind, default=None):
-        value = record.get(key, default) if isinstance(record, dict) else None
-        if not isinstance(value, kind):
-            raise DataError(f"{where}: {key!r} is missing or no {kind.__name__}; want SQuAD's data[].paragraphs[].qas[]")
-        return value
-
-    n_articles = 0
-    for path in paths:
-        where = path
-        whole = parse_line(path, 1, b"".join(line for _, line in read_lines(path)))
-        for article in field(whole, "data", list):
-            where = f"{path}: data[{n_articles}]"
-            title = field(article, "title", str, "")
-            for number, paragraph in enumerate(field(article, "paragraphs", list)):
-                docid = f"{n_articles}#{number}"
-                where = f"{path}: paragraph {docid}"
-                qas = field(paragraph, "qas", list)
-                for qa in qas:
-                    field(qa, "is_impossible", bool, False)
-                    check_text(qa, "id", where)
-                    check_text(qa, "question", where)
-                yield where, title or f"#{n_articles}", docid, title, field(paragraph, "context", str), qas
-            n_articles += 1
-
-
-def squad(args):
-    root, files = root_folder(args), defaultdict(list)
+def squad(args, root, counts):
+    files = defaultdict(list)
     for path in sorted(root.glob("*.json*")):
-        if found := re.fullmatch(r".+\.([a-z]{2,3}(-\w+)?)\.json(\.gz)?", path.name):
+        found = re.fullmatch(r".+\.([a-z]{2,3}(-\w+)?)\.json(\.gz)?", path.name)
+        if found:
             files[found[1]].append(path)
     langs = choose_languages(args, files)
 
-    def convert(collection):
-        for lang in langs:
-            passages, questions, article_of = {}, {}, {}  # by context; by query_id: (question, docid); by docid
-            for where, article, docid, title, context, qas in read_squad(files[lang]):
-                # a paragraph that two articles share belongs to the first: no passage is in both train and dev
-                docid = passages.setdefault(context, {"docid": docid, "title": title, "text": context})["docid"]
-                article_of.setdefault(docid, article)
-                for qa in qas:
-                    if qa.get("is_impossible"):
-                        collection.dropped[lang]["unanswerable questions"] += 1
-                    else:
-                        add_once(questions, qa["id"], (qa["question"], docid), where)
-            articles = {article_of[docid] for _, docid in questions.values()}
-            dev = held_out(articles, args.seed, lang)
-            say(f"{lang}: {len(dev)} of {len(articles)} articles held out as dev")
-            splits = {split: ({}, {}) for split in SPLITS}
-            for query_id, (question, docid) in questions.items():
-                queries, qrels = splits["dev" if article_of[docid] in dev else "train"]
-                queries[query_id], qrels[query_id] = question, {docid: 1}
-            collection.add_judged(lang, partial(zip, article_of, list(passages.values())), splits)
-    return [path for lang in langs for path in files[lang]], convert
+    def read(lang):
+        passages, article_of, questions = {}, {}, {}  # by text; {docid: title}; {query_id: (query, docid)}
+        for where, article, passage, qas in read_squad(files[lang]):
+            # a paragraph that two articles share belongs to the first: no passage is in both train and dev
+            docid = passages.setdefault(passage["text"], (where, lang, passage))[2]["docid"]
+            article_of.setdefault(docid, article)
+            for qa in qas:
+                if qa.get("is_impossible"):
+                    counts[lang]["unanswerable questions"] += 1
+                else:
+                    add_once(questions, qa["id"], (qa["question"], docid), where)
+        articles = {article_of[docid] for _, docid in questions.values()}
+        dev = held_out(articles, args.seed, lang)
+        say(f"{lang}: {len(dev)} of {len(articles)} articles held out as dev")
+        queries = []
+        for query_id, (query, docid) in questions.items():
+            split = "dev" if article_of[docid] in dev else "train"
+            queries.append((root, split, {"query_id": query_id, "lang": lang, "query": query}, {docid: 1}))
+        return partial(iter, passages.values()), partial(iter, queries)
+
+    return [path for lang in langs for path in files[lang]], (read(lang) for lang in langs)
 
 
-def tevatron(args):
-    root = root_folder(args)
-    train = root if root.is_file() else first_file(root / "train.jsonl")
-    dev, corpus = (None if root.is_file() else first_file(root / f"{name}.jsonl", need=False) for name in ("dev", "corpus"))
-    files = [path for path in (train, dev, corpus) if path]
+def read_squad(paths):
+    """Yield (where, article, passage, questions) of every paragraph; a split never cuts an article."""
+    n_articles = 0
+    for where in paths:
+        try:
+            for article in parse_line(where, 1, b"".join(line for _, line in read_lines(where)))["data"]:
+                title = article.get("title") or ""
+                for number, paragraph in enumerate(article["paragraphs"]):
+                    docid = f"{n_articles}#{number}"
+                    for qa in paragraph["qas"]:
+                        check_text(qa, "id", f"{where}: paragraph {docid}")
+                        check_text(qa, "question", f"{where}: paragraph {docid}")
+                    passage = {"docid": docid, "title": title, "text": paragraph["context"]}
+                    yield f"{where}: paragraph {docid}", title or f"#{n_articles}", passage, paragraph["qas"]
+                n_articles += 1
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{where}: data[{n_articles}]: {error!r}; want SQuAD's data[].paragraphs[] with "
+                            "context and qas[]") from None
 
-    def records():  # read twice: they may be larger than memory
-        for path in filter(None, (train, dev)):
-            for record in read_queries(path, args.lang):
-                yield path, record, record["lang"], record["positive_passages"], record.get("negative_passages", [])
 
-    def convert(collection):
-        train_ids, known, texts = defaultdict(list), defaultdict(set), {}
-        for path, record, lang, positives, negatives in records():
-            query_id = check_id(record["query_id"], path)
-            if not re.fullmatch(r"[\w-]+", lang):
-                raise DataError(f"{path}: query {query_id!r}: lang {lang!r} cannot name a file; use an ISO 639-1 code")
-            if both := {p["docid"] for p in positives} & {p["docid"] for p in negatives}:
-                raise DataError(f"{path}: query {query_id!r}: docid {min(both)!r} is both positive and negative; drop one")
-            if path == train:
-                train_ids[lang].append(query_id)
-            known[lang].update(p["docid"] for p in positives)
-            for passage in [] if corpus else positives + negatives:
-                key, text = (lang, check_id(passage["docid"], path)), hash((passage.get("title", ""), passage["text"]))
-                if key not in texts:
-                    collection.add_passage(lang, passage)
-                if texts.setdefault(key, text) != text:
-                    raise DataError(f"{path}: query {query_id!r}: docid {key[1]!r} has had another text; rename one")
-        if corpus and len(known) > 1:
-            raise DataError(f"{corpus}: the queries are in {' '.join(known)}, one corpus has one language; choose with --lang")
-        if corpus:
-            known = {lang: collection.add_corpus(lang, partial(read_objects, corpus), docids) for lang, docids in known.items()}
-        held = {} if dev else {lang: held_out(ids, args.seed, lang) for lang, ids in train_ids.items()}
-        for lang, ids in held.items():
-            say(f"{lang}: no dev.jsonl, so {len(ids)} of {len(train_ids[lang])} queries are held out as dev")
-        for path, record, lang, positives, negatives in records():
-            split = "dev" if path == dev or record["query_id"] in held.get(lang, ()) else "train"
-            if collection.is_full(split, lang):
-                continue
-            found = [plain(p) | p for p in positives if p["docid"] in known[lang]]
-            collection.dropped[lang]["positives not in the corpus"] += len(positives) - len(found)
-            first = {"query_id": record["query_id"], "lang": lang, "query": record["query"], "positive_passages": found,
-                     "negative_passages": [plain(p) | p for p in negatives]}
-            collection.add_query(split, first | {key: value for key, value in record.items() if key not in first}, {
-                **{p["docid"]: 1 for p in found}, **{p["docid"]: 0 for p in negatives if p.get("source") == "human"}})
-    return files, convert
+def tevatron(args, root, counts):
+    splits = {"train": root if root.is_file() else find(root / "train.jsonl")}
+    dev, corpus = (find(root / f"{name}.jsonl", need=False) for name in ("dev", "corpus"))
+    if dev:
+        splits["dev"] = dev
+    ids = defaultdict(list)  # {lang: [query_id]}
+    for _, record in read_records(splits["train"], args.lang):
+        ids[record["lang"]].append(record["query_id"])
+    if corpus and len(ids) > 1:
+        raise DataError(f"{corpus}: one corpus has one language, not {' '.join(ids)}; choose with --lang")
+    held = {lang: set() if dev else held_out(of_lang, args.seed, lang) for lang, of_lang in ids.items()}
+    if not dev:
+        for lang, of_lang in ids.items():
+            say(f"{lang}: no dev.jsonl, so {len(held[lang])} of {len(of_lang)} queries are held out as dev")
+
+    def passages():
+        texts = {}
+        for path in splits.values():
+            for where, record in read_records(path, args.lang):
+                for passage in record["positive_passages"] + record["negative_passages"]:
+                    if is_new(texts, record["lang"], passage, where):
+                        yield where, record["lang"], passage
+
+    def queries():
+        for split, path in splits.items():
+            for where, record in read_records(path, args.lang):
+                judgments = {p["docid"]: 1 for p in record["positive_passages"]}
+                human = [p for p in record["negative_passages"] if p.get("source") == "human"]
+                judgments |= {p["docid"]: 0 for p in human}
+                yield where, "dev" if record["query_id"] in held[record["lang"]] else split, record, judgments
+
+    if corpus:
+        return [*splits.values(), corpus], [(partial(read_corpora, dict.fromkeys(ids, [corpus])), queries)]
+    return [*splits.values()], [(passages, queries)]
+
+
+def read_records(path, langs):
+    """Yield (where, record) of Tevatron's records, or FlagEmbedding's; one docid is one text in the file."""
+    queries, texts = defaultdict(dict), {}
+    for number, line in read_lines(path):
+        where = f"{path}:{number}"
+        if b'"positive_document_ids"' in line:
+            raise DataError(f"{where}: positive_document_ids have no texts; want positive_passages")
+        if b'"pos"' in line:
+            line = dump(from_flagembedding(parse_line(path, number, line), where, number)).encode()
+        record = {"negative_passages": []} | parse_query(path, number, line, langs)
+        if not langs or record["lang"] in langs:
+            add_once(queries[record["lang"]], record["query_id"], None, where)
+            for passage in record["positive_passages"] + record["negative_passages"]:
+                is_new(texts, record["lang"], passage, where)
+            positives = {p["docid"] for p in record["positive_passages"]}
+            for docid in (p["docid"] for p in record["negative_passages"]):
+                if docid in positives:
+                    raise DataError(f"{where}: docid {docid!r} is both positive and negative; drop one")
+            yield where, record
+
+
+def from_flagembedding(record, where, number):
+    """A record of {query, pos, neg}, whose passages are texts, in Tevatron's layout."""
+    made = {"query_id": str(number), "query": record.get("query")}
+    for key, name in (("pos", "positive_passages"), ("neg", "negative_passages")):
+        texts = record.get(key, [])
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise DataError(f"{where}: {key!r} is no list of texts; want FlagEmbedding's query, pos, neg")
+        docids = [blake2b(text.encode(), digest_size=8).hexdigest() for text in texts]
+        made[name] = [{"docid": docid, "title": "", "text": text} for docid, text in zip(docids, texts)]
+    return made
 
 
 SOURCES = {"sample": sample, "miracl": miracl, "beir": beir, "squad": squad, "tevatron": tevatron}
 
 
-# --------------------------------------------------------------------------- the folder as a whole
+# --------------------------------------------------------------------------- writing
+
+class Collection:
+    """The folder that is being written; counts: {lang: Counter} of what is in it and of what was left out."""
+
+    def __init__(self, folder, args, counts, files):
+        self.folder, self.args, self.counts = folder, args, counts
+        self.files = files  # ExitStack that closes what is opened
+        self.open = {}
+
+    def write(self, name, line):
+        if name not in self.open:
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            file = open(self.folder / name, "w", encoding="utf-8", newline="\n")
+            self.open[name] = self.files.enter_context(file)
+        self.open[name].write(line)
+
+    def add_part(self, passages, queries):
+        judged = {}  # {(lang, docid): whether the passage is needed, because the record does not have it}
+        for _, _, record, judgments in queries():
+            for docid in judgments:
+                judged[record["lang"], docid] = "positive_passages" not in record
+        kept = self.add_passages(passages, judged)
+        for _, split, record, judgments in queries():
+            if split == "dev" or self.counts[record["lang"]]["train"] != self.args.limit:
+                self.add_query(split, record, judgments, kept)
+
+    def add_passages(self, passages, judged):
+        """Write the corpora, {(lang, docid): passage} of the judged; of others memory holds 8 bytes each."""
+        kept, hashes = {}, array("q")
+        for where, lang, passage in progress(passages(), desc="passages", unit=""):
+            if isinstance(passage.get("text"), str) and not passage["text"].strip():
+                self.counts[lang]["empty passages"] += 1
+                continue
+            check_passage(passage, where)
+            key = lang, check_id(passage["docid"], where)
+            hashes.append(hash(key))
+            if key in judged:
+                kept[key] = plain(passage) if judged[key] else None
+            self.counts[lang]["passages"] += 1
+            self.write(f"corpus/{lang}.jsonl", dump(plain(passage)))
+        check_unique(passages, np.sort(hashes))
+        return kept
+
+    def add_query(self, split, record, judgments, kept):
+        lang, query_id = record["lang"], record["query_id"]
+        found = {docid: relevance for docid, relevance in judgments.items() if (lang, docid) in kept}
+        lost = judgments.keys() - found.keys()
+        self.counts[lang]["judgments of passages not in the corpus"] += len(lost)
+        if "positive_passages" in record:
+            passages = record["positive_passages"] + record["negative_passages"]
+            passages = [plain(p) | p for p in passages if p["docid"] not in lost]
+        else:
+            passages = [kept[lang, docid] for docid in found]
+        positives, negatives = [], []
+        for passage in passages:
+            if passage["docid"] not in found:
+                negatives.append(passage)
+            elif found[passage["docid"]] >= self.args.min_relevance:
+                positives.append(passage)
+            else:
+                negatives.append(passage | {"source": "human"})
+        if not positives:
+            self.counts[lang]["queries without a positive"] += 1
+            return
+        self.counts[lang][split] += 1
+        self.counts[lang]["positives"] += len(positives)
+        line = {"query_id": query_id, "lang": lang, "query": record["query"], "positive_passages": positives,
+                "negative_passages": negatives}
+        self.write(f"{split}.jsonl", dump(line | {key: record[key] for key in record if key not in line}))
+        for docid, relevance in found.items():
+            self.write(f"qrels/{split}/{lang}.tsv", f"{query_id}\t0\t{docid}\t{relevance}\n")
+
+
+def plain(passage):
+    return {"docid": passage["docid"], "title": passage.get("title", ""), "text": passage["text"]}
+
+
+def check_unique(passages, hashes):
+    """DataError that names both lines where two of the hashes are equal, sorted as they are."""
+    repeated = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+    first = {}
+    for where, lang, passage in passages() if repeated else ():  # again, only to name the lines
+        key = lang, passage["docid"]
+        if hash(key) in repeated and passage["text"].strip():
+            if key in first:
+                raise DataError(f"{where}: docid {key[1]!r} is there twice, first at {first[key]}; drop one")
+            first[key] = where
+
 
 def damaged(output):
-    """A file of a finished collection that is not as it was written (or was not moved in before a kill), or None."""
+    """A file of a finished collection that is not as it was written, or None."""
     files = json.loads(output.meta_path.read_text("utf-8"))["files"] if output.meta_path.exists() else {}
-    return next((path for name, digest in files.items()
-                 if not (path := output.path / name).is_file() or digest_file(path) != digest), None)
+    for name, digest in files.items():
+        if not (output.path / name).is_file() or digest_file(output.path / name) != digest:
+            return output.path / name
+    return None
 
 
-def publish(folder, out):
-    out.mkdir(parents=True, exist_ok=True)
-    for part in PARTS:
-        if (out / part).is_dir():
-            shutil.rmtree(out / part)
-        (out / part).unlink(missing_ok=True)
-        if (folder / part).exists():
-            shutil.move(folder / part, out / part)
+def convert(args, parts, counts, output):
+    with atomic_folder(output.path) as folder:
+        with ExitStack() as files:
+            collection = Collection(folder, args, counts, files)
+            for passages, queries in parts:
+                collection.add_part(passages, queries)
+        total = sum(counts.values(), Counter())
+        if not total["train"] + total["dev"]:
+            raise DataError(f"{args.root}: no query has a positive in the corpus; take files that belong")
+        written = sorted(path for path in folder.rglob("*") if path.is_file())
+        output.meta["files"] = {path.relative_to(folder).as_posix(): digest_file(path) for path in written}
+        for path in output.path.glob("*"):
+            if path.name not in PARTS:  # what others put there stays
+                copy = shutil.copytree if path.is_dir() else shutil.copy2
+                copy(path, folder / path.name)
+        output.finish(passages=total["passages"], train_queries=total["train"], dev_queries=total["dev"],
+                      languages=counts)  # its digests tell if a kill comes before the folder is in place
 
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
+    if args.source == "sample":
+        args.root = args.root or str(SAMPLE)
+    root = None if args.source == "miracl" and args.root in (None, "hub") else Path(args.root or "")
+    if root and not (args.root and root.exists()):
+        raise DataError(f"--root {args.root or 'FOLDER'}: not found; --help tells the layouts")
     out = Path(args.out)
     out = out.resolve() if out.is_symlink() or out.name in ("", "..") else out
-    inputs, convert = SOURCES[args.source](args)
-    if out.is_file() or any(out.resolve() in path.resolve().parents for path in map(Path, inputs)):
-        raise DataError(f"{out} is {'a file' if out.is_file() else 'where the input lies'}; choose another --out")
+    counts = defaultdict(Counter)
+    inputs, parts = SOURCES[args.source](args, root, counts)
+    if out.is_file() or any(out.resolve() in Path(path).resolve().parents for path in inputs):
+        fault = "a file" if out.is_file() else "where the input lies"
+        raise DataError(f"{out} is {fault}; choose another --out")
     output = Output(args, inputs, out=out)
     output.meta["arguments"]["files"] = [Path(path).name for path in inputs]  # their names tell the language
-    if path := not args.overwrite and damaged(output):
-        say(f"{path} is missing or was changed: making {out} again")
+    changed = None if args.overwrite else damaged(output)
+    if changed:
+        say(f"{changed} is missing or was changed: making {out} again")
     elif output.is_done():
         for part in PARTS[2:]:
             if (out / part).exists():
                 os.utime(out / part)  # newer than its inputs, for make
         return
-    folder = out.with_name(f".{out.name}.tmp")  # always the same: what a killed run left is cleared away
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        with ExitStack() as files:
-            collection = Collection(folder, args.limit, files)
-            convert(collection)
-        total = sum(collection.counts.values(), Counter())
-        if not total["train"] + total["dev"]:
-            raise DataError(f"{args.root}: no query has a positive in the corpus; take files that belong together")
-        output.meta["files"] = {path.relative_to(folder).as_posix(): digest_file(path)
-                                for path in sorted(folder.rglob("*")) if path.is_file()}
-        output.finish(passages=total["passages"], train_queries=total["train"], dev_queries=total["dev"], languages={
-            lang: {**n, "dropped": +collection.dropped[lang]} for lang, n in collection.counts.items()})
-        publish(folder, out)  # after the meta file, whose digests tell if a kill came in between
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    if not total["train"]:
+    convert(args, parts, counts, output)
+    if not (out / "train.jsonl").exists():
         say(f"{out}: no training queries, so no train.jsonl")
-    say(collection.table())
+    for lang, of_lang in counts.items():
+        say(f"{lang}: " + ", ".join(f"{n:,} {what}" for what, n in of_lang.items() if n))
 
 
 if __name__ == "__main__":

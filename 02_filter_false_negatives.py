@@ -1,346 +1,329 @@
 """Let an LLM find the candidates that answer the query: they are false negatives, and are removed (Sec. 3.3).
 
-Source  Sec. 3.3: NC_q = {d : LLM(q, d+, d) = 0}. The judge sees the query and a known positive as reference and scores
-        information accuracy and completeness, 0 to 2 each; the grade is the lower one. The main text keeps grade 0 only
-        (--drop-at 1, default); the appendix calls only 2 a false negative (--drop-at 2).
-Reads   candidates.jsonl of stage 01, or any file in Tevatron's layout: then its negatives without `source: human` are judged
-Writes  filtered.jsonl: the records; negative_passages = kept [+ source, grade], false_negatives = removed [+ accuracy,
-        completeness, grade]; no candidate_passages; where the judge gave no usable answer, unjudged: [{docid, reason}]: such a
-        candidate may be a false negative and is left out; the next run asks for it again
-Usage   python 02_filter_false_negatives.py --input runs/sample/candidates.jsonl --llm Llama-3.1-70B-Instruct --out runs/sample/filtered.jsonl
-        (OPENAI_BASE_URL and OPENAI_API_KEY name the server, as for every OpenAI client)
-        In batches, for half the price at many hosts: --batch-export F.jsonl, have F*.jsonl answered by the host or by
-        `vllm run-batch -i F.jsonl -o A.jsonl --model NAME`, then --batch-import A.jsonl
-        With --cascade-llm the small model's answers come first: export, import, and export again for the large one.
-Cost    one call a candidate (MIRACL: 40,203 x 40 = 1.6 million); --dry-run tells before anything is spent. Our side: about
-        1 ms of one core a call, 70 MB and 130 MB more for each million answers (bench/judge_*.py)
+Source  Sec. 3.3: NC_q = {d : LLM(q, d+, d) = 0}. The judge sees the query and a known positive as reference
+        and scores accuracy and completeness, 0 to 2 each; the grade is the lower one. The main text keeps
+        grade 0 only (--drop-at 1, default); in the appendix only 2 is a false negative (--drop-at 2).
+Reads   candidates.jsonl of stage 01, or any file in Tevatron's layout (its negatives without `source: human`)
+Writes  filtered.jsonl: the records; negative_passages = kept [+ source, grade], false_negatives = removed
+        [+ accuracy, completeness, grade]; no candidate_passages; unjudged: [{docid, reason}] where no answer
+        was usable: it may be a false negative, so it is left out; the next run asks for it again
+Usage   python 02_filter_false_negatives.py --input candidates.jsonl --llm NAME --out filtered.jsonl
+        In batches, for half the price: --batch-export F.jsonl, have F*.jsonl answered by the host or by
+        `vllm run-batch -i F.jsonl -o A.jsonl --model NAME`, then --batch-import A.jsonl (cascade: twice)
+Cost    a call a candidate (MIRACL: 1.6 million; --dry-run tells), 1 ms of a core each, 80 MB (bench/judge_*)
 """
 import asyncio
 import contextlib
-import json
+import functools
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from common import DataError, Output, Parser, dump, parse_line, progress, read_lines, read_queries, run, say
-from llm import LLM, in_order, judge_candidates, judge_flags
+import common
+from common import DataError, Output, Parser, parse_line, progress, read_lines, read_queries, run, say
+from llm import LLM, Answers, in_order, judge_candidates, judge_flags, read_answer
 
-BATCH_REQUESTS, BATCH_BYTES = 50_000, 200_000_000  # OpenAI's limits of one batch file
+BATCH_REQUESTS = 50_000  # OpenAI's limits of one batch file
+BATCH_BYTES = 200_000_000
 ANSWER_TOKENS = 16  # of one judgment
 
 
 def build_parser():
     parser = Parser(__doc__).common_flags()
-    parser.add_argument("--input", required=True, metavar="FILE", help="candidates.jsonl, or training data in Tevatron's layout")
+    flag = parser.add_argument
+    flag("--input", required=True, metavar="FILE", help="candidates.jsonl, or Tevatron's layout")
+    flag("--out", required=True, metavar="FILE", help="filtered.jsonl")
     judge_flags(parser)
-    parser.add_argument("--cascade-llm", metavar="NAME",
-                        help="a small model that judges first; --llm is asked only where it does not score 0 and 0")
-    parser.add_argument("--cascade-base-url", metavar="URL", help="its server; default: as for --llm")
-    parser.add_argument("--rejudge-human", action="store_true",
-                        help="judge also the passages that people judged non-relevant; they are kept without a call otherwise")
-    parser.add_argument("--max-unjudged", type=float, default=0.01, metavar="SHARE",
-                        help="highest share, 0 to 1, of candidates without a usable answer; above it the exit status is 2")
-    parser.add_argument("--dry-run", action="store_true", help="print what it would cost and stop")
-    parser.add_argument("--tokenizer", metavar="MODEL", help="counts tokens for --dry-run: a folder or hub name; default: --llm")
-    parser.add_argument("--price-in", type=float, nargs="+", default=[0], metavar="P",
-                        help="price of a million prompt tokens; a second one for --cascade-llm")
-    parser.add_argument("--price-out", type=float, nargs="+", default=[0], metavar="P", help="likewise of completion tokens")
+    flag("--cascade-llm", metavar="NAME", help="judges first; --llm is asked where it scores above 0 and 0")
+    flag("--cascade-base-url", metavar="URL", help="its server; default: as for --llm")
+    flag("--rejudge-human", action="store_true", help="judge also what people judged non-relevant")
+    flag("--max-unjudged", type=common.share, default=0.01, metavar="SHARE",
+         help="highest share of candidates without a usable answer; above it the exit status is 2")
+    flag("--dry-run", action="store_true", help="print what it would cost and stop")
+    flag("--tokenizer", metavar="MODEL", help="counts --dry-run's tokens: folder or hub name; default: --llm")
+    flag("--price-in", type=float, nargs="+", default=[0], metavar="P",
+         help="price of a million prompt tokens; a second one for --cascade-llm")
+    flag("--price-out", type=float, nargs="+", default=[0], metavar="P", help="likewise of completion tokens")
     batch = parser.add_mutually_exclusive_group()
-    batch.add_argument("--batch-export", metavar="FILE", help="write the calls as OpenAI batch files (FILE, FILE-2, ...) and stop")
-    batch.add_argument("--batch-import", nargs="+", metavar="FILE", help="read their results, in any order, and ask no server")
-    parser.add_argument("--out", required=True, metavar="FILE", help="filtered.jsonl")
+    batch.add_argument("--batch-export", metavar="FILE", help="write the calls as batch files and stop")
+    batch.add_argument("--batch-import", nargs="+", metavar="FILE", help="read their results, ask no server")
     return parser
 
 
 # ---- the method
 
-def split(record, rejudge_human=False):
-    """(candidates, docids people judged non-relevant, passages to judge); a file without candidates: its negatives."""
+def candidates_of(record, rejudge_human=False):
+    """(candidates - without any: the negatives -, docids that people judged non-relevant, those to judge)."""
     negatives = record.get("negative_passages", [])
     positives = {p["docid"] for p in record["positive_passages"]}
     human = {p["docid"]: p for p in negatives if p.get("source") == "human" and p["docid"] not in positives}
-    candidates = record.get("candidate_passages", [p for p in negatives if p["docid"] not in human])
-    candidates = [c for c in candidates if c["docid"] not in positives]
-    # judged negatives that no retriever found follow the mined ones: they are sure, but easier
-    mined = {c["docid"] for c in candidates}
-    candidates += [p for docid, p in human.items() if docid not in mined]
+    mined = record.get("candidate_passages", [p for p in negatives if p["docid"] not in human])
+    candidates = [c for c in mined if c["docid"] not in positives]
+    found = {c["docid"] for c in candidates}
+    candidates += [p for docid, p in human.items() if docid not in found]  # sure, but easier: after the mined
     return candidates, set(human), [c for c in candidates if rejudge_human or c["docid"] not in human]
 
 
 async def judge_all(llms, record, to_judge, args, counts):
-    """[(verdict, reason)] for the candidates; in a cascade a small model spares the large one the clearly irrelevant."""
-    large, small = llms
-    if small is None:
-        return await judge_candidates(large, record, to_judge, args)
-    answers = await judge_candidates(small, record, to_judge, args)
-    for verdict, _ in answers:
-        counts["small: asked"] += 1
-        counts["small: settled"] += bool(verdict) and verdict["accuracy"] == verdict["completeness"] == 0
-    # what is left of an unanswered batch waits for the small model; online its failures go to the large one
-    waits = bool(args.batch_export or args.batch_import)
-    rest = [i for i, (verdict, _) in enumerate(answers) if (verdict and any(verdict.values())) or not (verdict or waits)]
-    for i, answer in zip(rest, await judge_candidates(large, record, [to_judge[i] for i in rest], args)):
-        answers[i] = answer
+    """[(verdict, reason)]; in a cascade a small model spares the large one the clearly irrelevant."""
+    answers = await judge_candidates(llms[-1], record, to_judge, args)
+    if len(llms) > 1:
+        # in batches the large model waits for the small one's missing answers; online it gets those, too
+        online = not (args.batch_export or args.batch_import)
+        settled = [verdict is not None and not any(verdict.values()) for verdict, _ in answers]
+        rest = [i for i, (verdict, _) in enumerate(answers) if not settled[i] and (verdict or online)]
+        counts.update({"small: asked": len(answers), "small: settled": sum(settled)})
+        second = await judge_candidates(llms[0], record, [to_judge[i] for i in rest], args)
+        for i, answer in zip(rest, second):
+            answers[i] = answer
     return answers
 
 
 async def filter_record(llms, record, args):
-    """(the record with its candidates judged, Counter of what became of them, Counter of reasons)."""
-    counts, reasons = Counter(), Counter()
-    candidates, human, to_judge = split(record, args.rejudge_human)
-    verdicts = dict(zip((c["docid"] for c in to_judge), await judge_all(llms, record, to_judge, args, counts)))
-    kept, removed, unjudged = [], [], []
+    """(the record with its candidates judged, Counter of what became of them)."""
+    candidates, human, to_judge = candidates_of(record, args.rejudge_human)
+    counts = Counter()
+    answers = await judge_all(llms, record, to_judge, args, counts)
+    answer_of = {c["docid"]: answer for c, answer in zip(to_judge, answers)}
+    kept = []
+    removed = []
+    unjudged = []
     for passage in candidates:
-        docid = passage["docid"]
-        source = "human" if docid in human else passage.get("source", "mined")
-        verdict, reason = verdicts.get(docid, ({"grade": 0}, None))
-        counts["human" if docid not in verdicts else f"grade {verdict['grade']}" if verdict else "unjudged"] += 1
+        verdict, reason = answer_of.get(passage["docid"], ({"grade": 0}, None))
         if verdict is None:
-            unjudged.append({"docid": docid, "reason": reason})
-            reasons[reason] += 1
+            unjudged.append({"docid": passage["docid"], "reason": reason})
         elif verdict["grade"] < args.drop_at:
+            source = "human" if passage["docid"] in human else passage.get("source", "mined")
             kept.append(passage | {"source": source, "grade": verdict["grade"]})
         else:
             removed.append(passage | verdict)
-    counts |= {"candidates": len(candidates), "judged": len(to_judge), "removed": len(removed), "kept": len(kept)}
-    record = {k: v for k, v in record.items() if k not in ("candidate_passages", "negative_passages", "false_negatives", "unjudged")}
-    record |= {"negative_passages": kept, "false_negatives": removed} | ({"unjudged": unjudged} if unjudged else {})
-    return record, counts, reasons
-
-
-# ---- money
-
-def money(llms, args):
-    """What the calls cost so far."""
-    return sum(prices[min(i, len(prices) - 1)] * llm.stats[kind] / 1e6 for i, llm in enumerate(llms) if llm
-               for kind, prices in (("prompt_tokens", args.price_in), ("completion_tokens", args.price_out)))
-
-
-def token_counter(name):
-    """(function from text to tokens, how it counts): the model's tokenizer, or an estimate where there is none."""
-    import tokenizers
-    try:
-        path = Path(name) / "tokenizer.json"
-        if not path.is_file():
-            if name.count("/") != 1 or name.startswith((".", "/")):
-                raise OSError("neither a model folder nor a hub name")
-            from huggingface_hub import hf_hub_download
-            path = hf_hub_download(name, "tokenizer.json", etag_timeout=10)
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # offline, gated, absent, damaged: tokenizers raises bare Exceptions
-        return lambda text: len(text.encode("utf-8", "replace")) / 4, f"estimated as bytes / 4; no tokenizer of {name}: {str(error)[:80]}"
-    return lambda text: len(tokenizer.encode(text, add_special_tokens=False)), f"counted with the tokenizer of {name}"
-
-
-def dry_run(args):
-    """Print calls, tokens and money of a run, without what the cache holds."""
-    count, how = {}, {}
-
-    def instead(llm, key, body):
-        if llm.model not in count:
-            count[llm.model], how[llm.model] = token_counter(args.tokenizer or llm.model)
-        system, user = (m["content"] for m in body["messages"])
-        if llm.stats[system] == 0:  # the instructions are the same in every call
-            llm.stats[system] = count[llm.model](system) + 10  # + the chat template's own
-        n = max(1, user.count("\nCandidate passage "))
-        llm.stats += Counter({"asked": 1, "prompt_tokens": llm.stats[system] + count[llm.model](user),
-                              "completion_tokens": ANSWER_TOKENS * n + (8 if n > 1 else 0)})
-        return "counted"
-    total = Counter()
-    llms = clients(args, instead)
-    for _, counts, _ in filtered(llms, args, Counter()):
-        total += counts
-    for llm in filter(None, llms):
-        most = "at most " if args.cascade_llm and llm is llms[0] else ""
-        print(f"{llm.model}: {most}{llm.stats['asked']} calls, {round(llm.stats['prompt_tokens'])} prompt tokens "
-                f"({how.get(llm.model, 'nothing to count')}), {llm.stats['completion_tokens']} completion tokens (estimated), "
-                f"{llm.stats['cached']} answers cached")
-    print(f"{total['candidates']} candidates, {total['human']} of them judged by people; money: {money(llms, args):.2f}"
-            + ("" if any(args.price_in + args.price_out) else " (give --price-in and --price-out)"))
-
-
-# ---- batch files
-
-class BatchFiles:
-    """Calls as OpenAI batch files, split at the host's limits, one model a file; they appear when all are written."""
-
-    def __init__(self, path):
-        self.path, self.open, self.parts, self.n, self.seen = Path(path), {}, [], 0, set()
-
-    def add(self, llm, key, body):
-        if (digest := bytes.fromhex(key)) in self.seen:  # a custom_id stands for one request
-            return "exported"
-        self.seen.add(digest)
-        line = dump({"custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": body}).encode()
-        file, n, size = self.open.get(llm.model, (None, 0, 0))
-        if file is None or n == BATCH_REQUESTS or size + len(line) > BATCH_BYTES:
-            file and file.close()
-            part = self.path.with_stem(self.path.stem + (f"-{len(self.parts) + 1}" if self.parts else ""))
-            self.parts.append(part)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            file, n, size = open(temporary_name(part), "wb"), 0, 0
-        file.write(line)
-        self.open[llm.model] = file, n + 1, size + len(line)
-        self.n += 1
-        return "exported"
-
-    def close(self, keep):
-        for file, _, _ in self.open.values():
-            file.close()
-        for part in self.parts:
-            temporary_name(part).replace(part) if keep else temporary_name(part).unlink(missing_ok=True)
-
-
-def temporary_name(path):
-    return path.with_name(f".{path.name}.tmp")
-
-
-def export(args):
-    path = Path(args.batch_export)
-    old = [p for p in (path, *path.parent.glob(f"{path.stem}-*{path.suffix}")) if p.exists()]
-    if old and not args.overwrite:
-        raise DataError(f"{old[0]} exists; pass --overwrite or another --batch-export")
-    files, done = BatchFiles(path), False
-    try:
-        for _ in filtered(clients(args, files.add), args, Counter()):
-            pass
-        done = True
-    finally:
-        files.close(keep=done)
-    for stale in set(old) - set(files.parts):
-        stale.unlink()
-    say(f"{files.n} calls in {len(files.parts)} files: {' '.join(map(str, files.parts))}" if files.n else
-        "nothing is left to ask: run again without --batch-export")
-
-
-def import_results(llms, paths):
-    """Put the answers of batch results into the cache; {key: what went wrong} of the others."""
-    errors, n = {}, Counter()
-    for path in paths:
-        for number, line in read_lines(path):
-            result = parse_line(path, number, line)
-            key, body, error = result.get("custom_id"), (result.get("response") or {}).get("body"), result.get("error")
-            if not isinstance(key, str) or "response" not in result and "error" not in result:
-                raise DataError(f"{path}:{number}: no batch result (custom_id, response, error); give the host's output or error file")
-            if len(key) != 32 or set(key) - set("0123456789abcdef"):
-                n["not ours"] += 1
-                continue
-            try:
-                choice = body["choices"][0]
-                text, finish = choice["message"]["content"], choice.get("finish_reason")
-            except (TypeError, LookupError, AttributeError):
-                failed = error or (body.get("error") if isinstance(body, dict) else body) or "no answer"
-                errors[key] = "batch: " + str(failed.get("message") if isinstance(failed, dict) else failed)[:200]
-                n["failed"] += 1
-                continue
-            if isinstance(text, str) and text.strip() and finish not in ("length", "content_filter"):
-                for llm in filter(None, llms):
-                    if llm.cached(key) != text:
-                        llm.store(key, text)
-                n["answers"] += 1
-            else:
-                errors[key] = f"batch: {'empty' if finish == 'stop' else finish}"
-                n["failed"] += 1
-    say(f"imported {n['answers']} answers; {n['failed']} failed, {n['not ours']} not ours")
-    return errors
+    counts.update(f"grade {verdict['grade']}" for verdict, _ in answers if verdict)
+    counts.update(queries=1, candidates=len(candidates), judged=len(to_judge), kept=len(kept),
+                  human=len(candidates) - len(to_judge), removed=len(removed), unjudged=len(unjudged))
+    for key in ("candidate_passages", "negative_passages", "false_negatives", "unjudged"):
+        record.pop(key, None)
+    record |= {"negative_passages": kept, "false_negatives": removed}
+    return record | ({"unjudged": unjudged} if unjudged else {}), counts
 
 
 # ---- the run
 
 def clients(args, instead=None):
-    """(the judge, the small judge of a cascade or None)."""
-    def client(name, url):
-        return LLM(name, args.cache, url, args.concurrency, args.timeout, instead)
-    return client(args.llm, args.base_url), args.cascade_llm and client(args.cascade_llm, args.cascade_base_url or args.base_url)
+    """[the judge], and behind it the small judge of a cascade."""
+    servers = [(args.llm, args.base_url), (args.cascade_llm, args.cascade_base_url or args.base_url)]
+    return [LLM(name, args.cache, url, args.concurrency, args.timeout, instead)
+            for name, url in servers if name]
 
 
-def plan(args):
-    """Candidates to judge, by reading the whole input: a bad record stops the run before money is spent."""
-    return sum(len(split(r, args.rejudge_human)[2]) for r in read_queries(args.input, args.lang, args.limit))
+async def filter_all(llms, args):
+    """Yield filter_record's results in input order, with a window of queries under way."""
+    window = max(8, args.concurrency // 4)  # the candidates of one are asked together (prefix caching)
+    records = read_queries(args.input, args.lang, args.limit)
+    async with contextlib.AsyncExitStack() as stack:
+        for llm in llms:
+            await stack.enter_async_context(llm)
+        results = in_order(records, lambda record: filter_record(llms, record, args), window)
+        await stack.enter_async_context(contextlib.aclosing(results))
+        async for result in results:
+            yield result
 
 
-def filtered(llms, args, calls):
-    """Yield filter_record's results in input order, holding a window of them; calls gets the clients' statistics."""
-    async def step(results):
+def filtered(llms, args):
+    """The same for plain code. The whole input is read before money is spent: a bad record stops the run."""
+    records = read_queries(args.input, args.lang, args.limit)
+    n_to_judge = sum(len(candidates_of(record, args.rejudge_human)[2]) for record in records)
+    results = filter_all(llms, args)
+
+    async def next_result():
         return await anext(results, None)
-
-    async def results():
-        window = max(8, args.concurrency // 4)  # queries: the candidates of one are asked together (prefix caching)
-        async with llms[0], llms[1] or contextlib.nullcontext():
-            if args.batch_import:
-                errors = import_results(llms, args.batch_import)
-                for llm in filter(None, llms):
-                    llm.instead = lambda llm, key, body: errors.get(key, "not in the batch results")
-            records = read_queries(args.input, args.lang, args.limit)
-            async with contextlib.aclosing(in_order(records, lambda r: filter_record(llms, r, args), window)) as found:
-                async for result in found:
-                    yield result
-    bar = progress(desc="judge", unit=" candidates", total=plan(args), disable=bool(args.dry_run))
-    with asyncio.Runner() as runner:  # an async generator, driven from plain code
-        generator = results()
+    bar = progress(desc="judge", unit=" candidates", total=n_to_judge, disable=args.dry_run)
+    with asyncio.Runner() as runner, bar:
         try:
-            while (result := runner.run(step(generator))) is not None:
-                asked = sum((Counter({k: round(llm.stats[k]) for k in ("prompt_tokens", "completion_tokens")}) for llm in llms if llm),
-                            Counter())
-                bar.set_postfix_str(f"{asked.total():,} tokens" + (f", {money(llms, args):.2f} money" if any(args.price_in) else ""),
-                                    refresh=False)
+            while result := runner.run(next_result()):
+                n_tokens = sum(llm.stats["prompt_tokens"] + llm.stats["completion_tokens"] for llm in llms)
+                bar.set_postfix_str(f"{n_tokens:,.0f} tokens, {money(llms, args):.2f} money", refresh=False)
                 bar.update(result[1]["judged"])
                 yield result
         finally:
-            runner.run(generator.aclose())
-            bar.close()
-    for llm in filter(None, llms):
-        calls[llm.model] = {k: v for k, v in llm.stats.items() if v}
+            runner.run(results.aclose())
 
 
-def report(args, table, reasons, calls):
-    """Say what became of the candidates, by language; DataError where too few were judged or none is left."""
+def report(args, table, reasons, llms):
+    """Say what became of the candidates; DataError where too few were judged or none is left."""
     total = sum(table.values(), Counter())
-    for lang, counts in sorted(table.items()):
-        say(f"{lang}: {counts['candidates']} candidates, removed {counts['removed']} "
-            f"({100 * counts['removed'] / max(1, counts['candidates']):.1f}%), kept {counts['kept']}, human {counts['human']}, "
-            f"unjudged {counts['unjudged']}")
+    for lang, n in sorted(table.items()):
+        rate = n["removed"] / max(1, n["candidates"])
+        say(f"{lang}: {n['candidates']} candidates, removed {n['removed']} ({rate:.1%}), kept {n['kept']}, "
+            f"human {n['human']}, unjudged {n['unjudged']}")
     for reason, n in reasons.most_common(10):
         say(f"unjudged: {n} x {reason}")
+    for llm in llms:
+        say(f"{llm.model}: {llm.stats['asked']} calls, {llm.stats['cached']} answers from {llm.path}")
     if args.cascade_llm:
-        n = max(1, total["small: asked"])
-        say(f"cascade: {args.cascade_llm} settled {total['small: settled']} of {n} candidates, which saved {args.llm} "
-            f"{100 * total['small: settled'] / n:.1f}% of its judgments")
+        say(f"cascade: {args.cascade_llm} settled {total['small: settled']} of {total['small: asked']}")
     if total["unjudged"] > args.max_unjudged * total["judged"]:
-        raise DataError(f"{args.input}: {total['unjudged']} of {total['judged']} candidates got no usable answer from "
-                        f"{args.llm} (most: {reasons.most_common(1)[0][0]}); run again to ask for them again, or raise --max-unjudged")
+        raise DataError(f"{args.input}: {total['unjudged']} of {total['judged']} candidates got no usable "
+                        f"answer (most: {reasons.most_common(1)[0][0]}); run again, or raise --max-unjudged")
     if not total["kept"]:
-        raise DataError(f"{args.input}: 0 of {total['candidates']} candidates kept at --drop-at {args.drop_at}; "
-                        "try --drop-at 2, or look at the judge's answers")
-    return total
+        raise DataError(f"{args.input}: 0 of {total['candidates']} candidates kept at --drop-at "
+                        f"{args.drop_at}; try --drop-at 2, or look at the judge's answers")
+
+
+# ---- what it would cost
+
+def money(llms, args):
+    """What the calls cost so far; a single price is that of both models."""
+    prices = zip(llms, args.price_in * 2, args.price_out * 2)
+    return sum(llm.stats["prompt_tokens"] * price_in + llm.stats["completion_tokens"] * price_out
+               for llm, price_in, price_out in prices) / 1e6
+
+
+def token_counter(name):
+    """(function from text to tokens, how it counts): the model's tokenizer, or an estimate without one."""
+    from tokenizers import Tokenizer
+    path = Path(name) / "tokenizer.json"
+    on_hub = name.count("/") == 1 and not name.startswith((".", "/")) and not path.is_file()
+    try:
+        tokenizer = Tokenizer.from_pretrained(name) if on_hub else Tokenizer.from_file(str(path))
+    except Exception as error:  # offline, gated, absent, damaged: tokenizers raises bare Exceptions
+        return (lambda text: len(text.encode("utf-8", "replace")) / 4,
+                f"estimated as bytes / 4; no tokenizer of {name}: {str(error)[:80]}")
+    return (lambda text: len(tokenizer.encode(text, add_special_tokens=False)),
+            f"counted with the tokenizer of {name}")
+
+
+def dry_run(args):
+    """Print calls, tokens and money of a run, without what the cache holds."""
+    counters = {name: token_counter(args.tokenizer or name) for name in (args.llm, args.cascade_llm) if name}
+    count = functools.lru_cache(lambda model, text: counters[model][0](text))  # the instructions, once
+
+    def instead(llm, key, body):
+        n_tokens = 10 + sum(count(llm.model, message["content"]) for message in body["messages"])  # template
+        llm.stats.update(asked=1, prompt_tokens=n_tokens, completion_tokens=ANSWER_TOKENS)
+        return "counted"
+    llms = clients(args, instead)
+    total = sum((counts for _, counts in filtered(llms, args)), Counter())
+    for llm, most in zip(reversed(llms), ("", "at most ")):  # the large model of a cascade is asked at most
+        n = llm.stats
+        print(f"{llm.model}: {most}{n['asked']} calls, {n['prompt_tokens']:.0f} prompt tokens "
+              f"({counters[llm.model][1]}), {n['completion_tokens']} completion tokens (estimated), "
+              f"{n['cached']} answers cached")
+    print(f"{total['candidates']} candidates, {total['human']} of them judged by people; money: "
+          f"{money(llms, args):.2f} (at --price-in {args.price_in} --price-out {args.price_out})")
+
+
+# ---- batch files
+
+class BatchFiles:
+    """Calls as OpenAI batch files within the host's limits, one model a file: FILE, FILE-2, ..."""
+
+    def __init__(self, path, stack):
+        self.path = path
+        self.stack = stack  # gives the files their names when it ends well
+        self.paths = []
+        self.files = {}  # model -> the file that is being filled
+        self.n_lines = Counter()  # of a file
+        self.seen = set()
+
+    def add(self, llm, key, body):
+        if bytes.fromhex(key) in self.seen:  # a custom_id stands for one request
+            return "exported"
+        self.seen.add(bytes.fromhex(key))
+        request = {"custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": body}
+        line = common.dump(request).encode()
+        file = self.files.get(llm.model)
+        if file is None or self.n_lines[file] == BATCH_REQUESTS or file.tell() + len(line) > BATCH_BYTES:
+            file = self.files[llm.model] = self.next_file()
+        file.write(line)
+        self.n_lines[file] += 1
+        return "exported"
+
+    def next_file(self):
+        number = f"-{len(self.paths) + 1}" if self.paths else ""
+        self.paths.append(self.path.with_stem(self.path.stem + number))
+        return self.stack.enter_context(open(self.stack.enter_context(common.atomic(self.paths[-1])), "wb"))
+
+
+def export(args):
+    """Write what is still to be asked as batch files."""
+    path = Path(args.batch_export)
+    old = [p for p in (path, *path.parent.glob(f"{path.stem}-*{path.suffix}")) if p.exists()]
+    if old and not args.overwrite:
+        raise DataError(f"{old[0]} exists; pass --overwrite or another --batch-export")
+    with contextlib.ExitStack() as stack:
+        files = BatchFiles(path, stack)
+        for _ in filtered(clients(args, files.add), args):
+            pass
+    for stale in set(old) - set(files.paths):
+        stale.unlink()
+    say(f"{len(files.seen)} calls to ask, in {len(files.paths)} files: {' '.join(map(str, files.paths))}")
+
+
+def read_result(path, number, line):
+    """(custom_id, text, None) of a line of batch results, or (custom_id, None, what went wrong)."""
+    result = parse_line(path, number, line)
+    key = result.get("custom_id")
+    if not isinstance(key, str) or not ("response" in result or "error" in result):
+        raise DataError(f"{path}:{number}: no batch result (custom_id, response, error); "
+                        "give the host's output or error file")
+    body = (result.get("response") or {}).get("body") or {}
+    text, reason = read_answer(body)
+    if reason == "broken":
+        error = result.get("error") or (body.get("error") if isinstance(body, dict) else body) or "no answer"
+        reason = str(error.get("message") if isinstance(error, dict) else error)[:200]
+    return key, text, reason or (None if text.strip() else "empty")
+
+
+def import_results(args, llms):
+    """Store the answers of batch results; {key: what went wrong} of the others."""
+    errors = {}
+    n = Counter()
+    stores = [Answers(llm.path) for llm in llms]
+    for path in args.batch_import:
+        for number, line in read_lines(path):
+            key, text, reason = read_result(path, number, line)
+            if len(key) != 32 or set(key) - set("0123456789abcdef"):
+                n["not ours"] += 1
+            elif reason:
+                errors[key] = f"batch: {reason}"
+            else:
+                n["answers"] += 1
+                for store in stores:
+                    store.store(key, text)
+    for store in stores:
+        store.close()
+    say(f"imported {n['answers']} answers; {len(errors)} failed, {n['not ours']} not ours")
+    return errors
 
 
 def main(argv=None):
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if not 0 <= args.max_unjudged <= 1:
-        parser.error(f"--max-unjudged {args.max_unjudged}: want a share, 0 to 1")
+    args = build_parser().parse_args(argv)
     if args.dry_run:
         return dry_run(args)
     if args.batch_export:
         return export(args)
     output = Output(args, [args.input])
     if output.is_done():
-        if not json.loads(output.meta_path.read_text("utf-8"))["counts"].get("unjudged", 1):
+        if not common.read_json(output.meta_path)["counts"].get("unjudged", 1):
             return
         say(f"{output.path}: some candidates were left unjudged, asking for them again")
-    table, reasons, calls, totals = defaultdict(Counter), Counter(), {}, Counter()
+    llms = clients(args)
+    if args.batch_import:
+        errors = import_results(args, llms)
+        llms = clients(args, lambda llm, key, body: errors.get(key, "not in the batch results"))
+    table = defaultdict(Counter)
+    reasons = Counter()
 
     def records():
-        llms = clients(args, instead=(lambda *_: "not in the batch results") if args.batch_import else None)
-        for record, counts, why in filtered(llms, args, calls):
+        for record, counts in filtered(llms, args):
             table[record["lang"]].update(counts)
-            reasons.update(why)
-            totals["queries"] += 1
+            reasons.update(passage["reason"] for passage in record.get("unjudged", []))
             yield record
-        totals.update(report(args, table, reasons, calls))  # before the file gets its name
+        report(args, table, reasons, llms)  # before the file gets its name
     output.write(records())
-    output.finish(queries=totals["queries"], candidates=totals["candidates"], removed=totals["removed"], kept=totals["kept"],
-                  unjudged=totals["unjudged"], calls=calls, reasons=dict(reasons), by_lang={k: dict(v) for k, v in sorted(table.items())})
+    total = sum(table.values(), Counter())
+    output.finish(**{name: total[name] for name in ("queries", "candidates", "removed", "kept", "unjudged")},
+                  calls={llm.model: {kind: n for kind, n in llm.stats.items() if n} for llm in llms},
+                  reasons=dict(reasons), by_lang={lang: dict(n) for lang, n in sorted(table.items())})
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Evaluate models and BM25: nDCG@10 and Recall@100 by language and on average, with significance (Sec. 4).
 
-Source  Sec. 4.1: MIRACL's metrics, computed by trec_eval's own code (pytrec_eval) from the run files as they are written;
+Source  Sec. 4.1: MIRACL's metrics by trec_eval's own code (pytrec_eval) from the run files as they are;
         paired t-test over all queries, p < 0.05; a bootstrap interval of the average over languages
 Reads   DATA/qrels/<split>/<lang>.tsv, DATA/<split>.jsonl (query texts), DATA/corpus/<lang>.jsonl[.gz]
 Writes  OUT/metrics.json, OUT/runs/<model>.<lang>.trec; the table goes to stdout
-Usage   python 06_eval.py --data data/sample --models bm25 models/sample runs/sample/model --baseline models/sample \
-            --out runs/sample/eval
-Cost    one embedding a passage and model, cached; a finished run file is not made again when models or languages are added
+Usage   python 06_eval.py --data data/sample --models bm25 models/sample runs/sample/model \\
+            --baseline models/sample --out runs/sample/eval
+Cost    one embedding a passage and model, cached; finished runs stay when models or languages are added
 """
 import hashlib
 import heapq
@@ -17,36 +17,57 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (DataError, Output, Parser, atomic, check_passage, corpus_files, parse_line, positive_int,
-                    read_lines, read_queries, run, say, short_name)
-from search import Ensemble
+from common import (DataError, Output, Parser, atomic, corpus_files, positive_int, read_lines, read_passages,
+                    read_queries, run, say, short_name)
+from encoder import encoder_flags
+from search import Ensemble, check_settings
 
 MEASURES = {"ndcg@10": "ndcg_cut_10", "recall@100": "recall_100"}
 DRAWS = 1000  # bootstrap samples behind the 95% interval
+OF_A_RUN = ("overwrite", "limit", "depth", "query_max_len", "passage_max_len", "settings", "dtype")
 
 
 def build_parser():
     parser = Parser(__doc__).common_flags()
-    parser.add_argument("--data", required=True, metavar="FOLDER", help="a folder made by 00_prepare_data.py")
-    parser.add_argument("--split", default="dev", metavar="NAME", help="evaluate on DATA/NAME.jsonl and DATA/qrels/NAME (Sec. 4.1: dev)")
-    parser.add_argument("--models", nargs="+", required=True, metavar="MODEL_OR_bm25", help="model folders, hub ids, and bm25")
-    parser.add_argument("--baseline", metavar="MODEL", help="one of --models; the others are tested against it (p < 0.05, Sec. 4.1)")
+    parser.add_argument("--data", required=True, metavar="FOLDER", help="made by 00_prepare_data.py")
+    parser.add_argument("--split", default="dev", help="use DATA/SPLIT.jsonl and DATA/qrels/SPLIT")
+    parser.add_argument("--models", nargs="+", required=True, metavar="MODEL_OR_bm25",
+                        help="model folders, hub ids, and bm25")
+    parser.add_argument("--baseline", metavar="MODEL",
+                        help="one of --models; the others are tested against it (p < 0.05, Sec. 4.1)")
     parser.add_argument("--pool", choices=["full", "judged"], default="full",
-                        help="search the whole corpus, or, for a quick look, only judged passages and --pool-sample others: "
-                             "scores come out too high and compare with nothing but the same pool")
+                        help="search the whole corpus, or, for a quick look, only judged passages and "
+                             "--pool-sample others: scores are too high, comparable within one pool only")
     parser.add_argument("--pool-sample", type=positive_int, default=10_000, metavar="N",
                         help="unjudged passages drawn for --pool judged, a language")
-    parser.add_argument("--depth", type=positive_int, default=100, help="passages per query in the run files, at least 100")
-    parser.add_argument("--query-max-len", type=positive_int, default=64, help="tokens of a query that are read (Sec. 4.1)")
-    parser.add_argument("--passage-max-len", type=positive_int, default=256, help="tokens of a passage that are read (Sec. 4.1)")
-    parser.add_argument("--bm25-tokenizer", metavar="MODEL", help="its sub-words are BM25's terms; default: the first model's")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--depth", type=positive_int, default=100, help="passages per query in the run files")
+    parser.add_argument("--bm25-tokenizer", metavar="MODEL",
+                        help="its sub-words are BM25's terms; default: the first model's")
     parser.add_argument("--cache", default="cache", metavar="FOLDER", help="embeddings are kept here")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="for metrics.json and runs/")
+    encoder_flags(parser)
     return parser
 
 
-# --------------------------------------------------------------------------- judgments, pool, runs
+def check_flags(args):
+    if args.baseline and args.baseline not in args.models:
+        raise DataError(f"--baseline {args.baseline} is not among --models")
+    if args.depth < 100:
+        raise DataError(f"--depth {args.depth}: Recall@100 needs at least 100")
+    check_settings(args.settings, args.models)
+
+
+def names_of(models):
+    """{model: its name in tables and files}: short, with the folder above it where two are the same."""
+    short = [short_name(model) for model in models]
+    names = {model: name if short.count(name) == 1 else "/".join(Path(model).resolve().parts[-2:])
+             for model, name in zip(models, short)}
+    if len(set(names.values())) < len(models):
+        raise DataError(f"--models: two of {' '.join(models)} have the same name; rename a folder")
+    return names
+
+
+# --------------------------------------------------------------------------- questions, judgments, pool
 
 def read_qrels(path):
     """{query_id: {docid: relevance}} of a TREC qrels file."""
@@ -54,220 +75,246 @@ def read_qrels(path):
     for number, line in read_lines(path):
         fields = line.decode("utf-8", "replace").split()
         if len(fields) != 4 or not fields[3].lstrip("-").isdecimal():
-            raise DataError(f"{path}:{number}: got {len(fields)} fields, want 'query_id 0 docid relevance'; check the file")
+            raise DataError(f"{path}:{number}: got {len(fields)} fields, want 'query_id 0 docid relevance'; "
+                            "check the file")
         qrels[fields[0]][fields[2]] = int(fields[3])
-    return dict(qrels)
+    return qrels
 
 
-def draw_pool(args, qrels, digests):
-    """A folder in the cache with corpus/<lang>.jsonl: every judged passage and a random --pool-sample of the others.
-
-    The draw hangs on seed, language and docid alone. Memory holds the pool, not the corpus.
-    """
-    kept = {lang: sorted({docid for judged in of_lang.values() for docid in judged}) for lang, of_lang in qrels.items()}
-    key = json.dumps([kept, args.pool_sample, args.seed, digests], sort_keys=True)
-    folder = Path(args.cache) / "pools" / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
-    for lang in qrels:
-        path, judged = folder / "corpus" / f"{lang}.jsonl", set(kept[lang])
-        if path.is_file():
-            continue
-        lines, sample, row = {}, [], 0  # sample: heap of (-hash, row, line), so that its head is the first to leave
-        for file in corpus_files(args.data, lang):
-            for number, line in read_lines(file):
-                passage = parse_line(file, number, line)
-                check_passage(passage, f"{file}:{number}")
-                docid, line, row = passage["docid"], line.rstrip(b"\n") + b"\n", row + 1
-                if docid in judged:
-                    lines[row] = line
-                    continue
-                drawn = int.from_bytes(hashlib.blake2b(f"{args.seed}:{lang}:{docid}".encode(), digest_size=8).digest())
-                (heapq.heappush if len(sample) < args.pool_sample else heapq.heappushpop)(sample, (-drawn, row, line))
-        lines |= {row: line for _, row, line in sample}
-        with atomic(path) as temporary:
-            temporary.write_bytes(b"".join(lines[row] for row in sorted(lines)))
-    return folder
+def answerable(qrels):
+    """The queries that count: those with a relevant passage."""
+    return [query_id for query_id, judged in qrels.items() if max(judged.values()) > 0]
 
 
-def run_lines(ranking, tag):
-    """TREC run lines of {query_id: [(docid, score)]}, ranked as trec_eval ranks them whatever the rank column says.
-
-    That is by score as a float32, ties by docid descending; scores have six decimals.
-    """
-    for query_id, hits in ranking.items():
-        hits = [(docid, f"{score:.6f}") for docid, score in hits]
-        for rank, (docid, score) in enumerate(sorted(hits, key=lambda h: (np.float32(h[1]), h[0]), reverse=True), 1):
-            if len(f"{query_id} {docid}".split()) != 2:
-                raise DataError(f"query {query_id!r}, passage {docid!r}: white space in an id cannot be written as a TREC run; "
-                                "rename it in the source")
-            yield f"{query_id} Q0 {docid} {rank} {score} {tag}\n"
-
-
-def run_name(name, lang):
-    return f"{name.replace('/', '_')}.{lang}.trec"
-
-
-def read_run(path):
-    """{query_id: {docid: score}} of a TREC run file."""
-    ranking = defaultdict(dict)
-    with open(path, encoding="utf-8") as lines:
-        for line in lines:
-            query_id, _, docid, _, score, _ = line.split()
-            ranking[query_id][docid] = float(score)
-    return dict(ranking)
-
-
-def measure(qrels, ranking):
-    """{query_id: {measure: value}} for every query of the qrels that has a relevant passage; one without results counts 0."""
-    import pytrec_eval
-    asked = [q for q, judged in qrels.items() if any(r > 0 for r in judged.values())]
-    evaluator = pytrec_eval.RelevanceEvaluator(qrels, set(MEASURES.values()))
-    values = evaluator.evaluate({q: hits for q, hits in ranking.items() if hits})
-    return {q: {name: values.get(q, {}).get(key, 0.0) for name, key in MEASURES.items()} for q in asked}
-
-
-def evaluate(model, name, args, queries, qrels, digests, data):
-    """{lang: {query_id: {measure: value}}} of one model, loaded at most once; makes the run files that are missing."""
-    tokenizer = args.bm25_tokenizer if model == "bm25" else None
-    ensemble, results = None, {}
-    for lang in sorted(qrels):
-        path = Path(args.out) / "runs" / run_name(name, lang)
-        # what this run file hangs on, and no more: it outlives other models, languages and baselines
-        own = Namespace(overwrite=args.overwrite, model=name, bm25_terms=tokenizer and short_name(tokenizer), limit=args.limit,
-                        depth=args.depth, query_max_len=args.query_max_len, passage_max_len=args.passage_max_len,
-                        pool=args.pool == "judged" and [args.pool_sample, args.seed], corpus=digests[lang])
-        output = Output(own, [Path(args.data) / f"{args.split}.jsonl", Path(args.data) / "qrels" / args.split / f"{lang}.tsv"],
-                        [m for m in (model, tokenizer) if m], out=path)
-        if not output.is_done():
-            ensemble = ensemble or Ensemble([model], data, args.cache, device=args.device, bm25_tokenizer=tokenizer,
-                                            query_max_len=args.query_max_len, passage_max_len=args.passage_max_len)
-            asked = [q for q in qrels[lang] if q in queries[lang]]
-            hits, _ = ensemble.search(lang, [queries[lang][q] for q in asked], args.depth)
-            tag = path.name.removesuffix(f".{lang}.trec") + ("-judged-pool" if args.pool == "judged" else "")
-            output.write_lines(run_lines({q: [(h["docid"], h["score"]) for h in found] for q, found in zip(asked, hits)}, tag))
-        results[lang] = measure(qrels[lang], read_run(path))
-    return results
-
-
-# --------------------------------------------------------------------------- significance and table
-
-def paired_p(difference):
-    """Two-sided p of the paired t-test for (N,) differences of the same queries; 1 where it is not defined."""
-    from scipy.stats import ttest_1samp
-    if len(difference) < 2 or not difference.any():
-        return 1.0
-    return 0.0 if np.ptp(difference) == 0 else float(f"{ttest_1samp(difference, 0).pvalue:.3g}")
-
-
-def significance(model, baseline, seed):
-    """Paired t-test and bootstrap interval of nDCG@10: {avg_diff, p, ci95, by_lang} for two {lang: {query: {measure: x}}}.
-
-    avg_diff is the difference of the averages over languages, ci95 its interval when queries are drawn again within each
-    language; p is of the t-test over the queries of all languages, each counting the same.
-    """
-    differences = {lang: np.array([values["ndcg@10"] - baseline[lang][q]["ndcg@10"] for q, values in of_lang.items()])
-                   for lang, of_lang in model.items()}
-    draw = np.random.default_rng(seed)
-    means = {lang: d[draw.integers(len(d), size=(DRAWS, len(d)))].mean(1) for lang, d in differences.items()}  # (DRAWS,) each
-    interval = lambda drawn: [round(float(x), 5) for x in np.percentile(drawn, [2.5, 97.5])]  # noqa: E731
-    return {"avg_diff": round(float(np.mean([d.mean() for d in differences.values()])), 5),
-            "p": paired_p(np.concatenate(list(differences.values()))), "ci95": interval(np.mean(list(means.values()), axis=0)),
-            "by_lang": {lang: {"diff": round(float(d.mean()), 5), "p": paired_p(d), "ci95": interval(means[lang])}
-                        for lang, d in differences.items()}}
-
-
-def table(result):
-    """The result as text: a row a language, nDCG@10 / Recall@100 of each model."""
-    settings, metrics = result["settings"], result["models"]
-    names = list(metrics)
-    langs = [lang for lang in metrics[names[0]] if lang != "avg"]
-    zero_shot = settings["zero_shot"]
-    width = max(18, *(len(n) + 2 for n in names))
-    lines = ["nDCG@10 / Recall@100 (%)" + (f", {settings['pool_note']}" if settings["pool"] == "judged" else ""),
-             f"{'lang':<8}{'queries':>8}" + "".join(f"{n:>{width}}" for n in names)]
-    for lang in [*langs, "avg"]:
-        cells = [f"{100 * metrics[n][lang]['ndcg@10']:.1f} / {100 * metrics[n][lang]['recall@100']:.1f}" for n in names]
-        mark = "*" if lang in zero_shot else ""
-        lines.append(f"{lang + mark:<8}{metrics[names[0]][lang]['queries']:>8}" + "".join(f"{c:>{width}}" for c in cells))
-    if zero_shot:
-        lines.append("* zero-shot: no training queries in this language")
-    for name, test in result["tests"].items():
-        lines.append(f"{name} - {test['vs']}: {100 * test['avg_diff']:+.1f} nDCG@10, 95% interval {100 * test['ci95'][0]:+.1f} to "
-                     f"{100 * test['ci95'][1]:+.1f}, paired t-test p = {test['p']:.3g}" + (" (significant)" if test["p"] < 0.05 else ""))
-    return "\n".join(lines)
-
-
-def names_of(models):
-    """{model: its name in tables and files}: the folder's name or hub id, with the folder above it where two are the same."""
-    short = [short_name(m) for m in models]
-    names = {m: n if short.count(n) == 1 else "/".join(Path(m).resolve().parts[-2:]) for m, n in zip(models, short)}
-    if len(set(names.values())) < len(models):
-        raise DataError(f"--models: two of {' '.join(models)} have the same name; rename a folder")
-    return names
-
-
-def read_questions(args, queries_path):
-    """({lang: {query_id: text}}, {lang: {query_id: {docid: relevance}}}) of the split, cut to --limit queries a language."""
+def read_questions(args, queries_path, qrels_paths):
+    """{lang: {query_id: text}} and {lang: {query_id: {docid: relevance}}}, --limit queries a language."""
     queries = defaultdict(dict)
     for record in read_queries(queries_path, args.lang):
         if not args.limit or len(queries[record["lang"]]) < args.limit:
             queries[record["lang"]][record["query_id"]] = record["query"]
     qrels = {}
     for lang in sorted(queries):
-        path = Path(args.data) / "qrels" / args.split / f"{lang}.tsv"
-        qrels[lang] = {q: judged for q, judged in read_qrels(path).items() if not args.limit or q in queries[lang]}
-        answerable = {q for q, judged in qrels[lang].items() if any(r > 0 for r in judged.values())}
-        if not answerable:
-            raise DataError(f"{path}: no query with a relevant passage; make it again, or leave {lang} out with --lang")
-        if answerable - set(queries[lang]):
-            say(f"{path}: {len(answerable - set(queries[lang]))} queries are not in {queries_path}; they count 0")
+        path = qrels_paths / f"{lang}.tsv"
+        judged = read_qrels(path)
+        qrels[lang] = {q: judged[q] for q in judged if not args.limit or q in queries[lang]}
+        asked = answerable(qrels[lang])
+        if not asked:
+            raise DataError(f"{path}: no query with a relevant passage; make it again, or leave {lang} out")
+        n_unknown = len(set(asked) - set(queries[lang]))
+        if n_unknown:
+            say(f"{path}: {n_unknown} queries are not in {queries_path}; they count 0")
     return queries, qrels
+
+
+def draw_pool(args, qrels, digests):
+    """A folder in the cache with corpus/<lang>.jsonl: every judged passage and --pool-sample others."""
+    judged = {lang: sorted({docid for of_query in of_lang.values() for docid in of_query})
+              for lang, of_lang in qrels.items()}
+    key = json.dumps([judged, args.pool_sample, args.seed, digests], sort_keys=True)
+    folder = Path(args.cache) / "pools" / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+    for lang in qrels:
+        path = folder / "corpus" / f"{lang}.jsonl"
+        if not path.is_file():
+            with atomic(path) as temporary:
+                temporary.write_bytes(b"".join(pool_lines(args, lang, set(judged[lang]))))
+    return folder
+
+
+def pool_lines(args, lang, judged):
+    """The pool's lines of a corpus, in its order; the draw hangs on seed, language and docid alone."""
+    def draws():  # (draw, file, line number, line): those with the smallest are in the pool
+        for path in corpus_files(args.data, lang):
+            for number, line in read_lines(path):
+                docid = next(read_passages(path, [(number, line)]))["docid"]
+                draw = hashlib.blake2b(f"{args.seed}:{lang}:{docid}".encode()).digest()
+                yield b"" if docid in judged else draw, str(path), number, line.rstrip(b"\n") + b"\n"
+
+    pool = heapq.nsmallest(len(judged) + args.pool_sample, draws())  # memory holds the pool, not the corpus
+    n_judged = sum(not draw for draw, *_ in pool)
+    return [line for *_, line in sorted(place[1:] for place in pool[:n_judged + args.pool_sample])]
+
+
+# --------------------------------------------------------------------------- runs and measures
+
+def run_path(out, name, lang):
+    return Path(out) / "runs" / f"{name.replace('/', '_')}.{lang}.trec"
+
+
+def run_lines(ranking, tag):
+    """TREC run lines of {query_id: [(docid, score)]}, in trec_eval's order, which reads no rank:
+
+    by score (of six decimals, as a float32), ties by docid descending.
+    """
+    for query_id, hits in ranking.items():
+        ranked = sorted(((np.float32(f"{score:.6f}"), docid, score) for docid, score in hits), reverse=True)
+        for rank, (_, docid, score) in enumerate(ranked, 1):
+            if len(f"{query_id} {docid}".split()) != 2:
+                raise DataError(f"query {query_id!r}, passage {docid!r}: white space in an id cannot be "
+                                "written as a TREC run; rename it in the source")
+            yield f"{query_id} Q0 {docid} {rank} {score:.6f} {tag}\n"
+
+
+def make_runs(model, name, args, queries, inputs, digests, data):
+    """[meta] of a model's run files by language, made where they are missing; the model is loaded once.
+
+    A run hangs on OF_A_RUN and its inputs alone: it outlives other models, languages and baselines.
+    """
+    tokenizer = args.bm25_tokenizer if model == "bm25" else None
+    pool = [args.pool_sample, args.seed] if args.pool == "judged" else None
+    own = {key: getattr(args, key) for key in OF_A_RUN} | {"model": name, "pool": pool}
+    own["bm25_terms"] = tokenizer and short_name(tokenizer)
+    ensemble = None
+    metas = []
+    for lang in inputs:
+        output = Output(Namespace(**own, corpus=digests[lang]), inputs[lang],
+                        [m for m in (model, tokenizer) if m], run_path(args.out, name, lang))
+        if not output.is_done():
+            ensemble = ensemble or Ensemble(
+                [model], data, args.cache, "concat", None, tokenizer, args.device, args.query_max_len,
+                args.passage_max_len, args.settings, args.dtype)
+            hits, _ = ensemble.search(lang, list(queries[lang].values()), args.depth)
+            ranking = {query_id: [(hit["docid"], hit["score"]) for hit in found]
+                       for query_id, found in zip(queries[lang], hits)}
+            for encoder, cut in ensemble.count_cut([lang], list(queries[lang].values())).items():
+                output.meta |= {"encoder": ensemble.encoders[encoder].settings(), "cut": cut}
+            output.write_lines(run_lines(ranking, name.replace("/", "_") + ("-judged-pool" if pool else "")))
+        metas.append(json.loads(output.meta_path.read_text("utf-8")))
+    return metas
+
+
+def measure(qrels, ranking):
+    """{query_id: {measure: value}} of each query with a relevant passage; one without results counts 0."""
+    import pytrec_eval
+    evaluator = pytrec_eval.RelevanceEvaluator(qrels, set(MEASURES.values()))
+    values = evaluator.evaluate({query_id: hits for query_id, hits in ranking.items() if hits})
+    return {query_id: {name: values.get(query_id, {}).get(key, 0.0) for name, key in MEASURES.items()}
+            for query_id in answerable(qrels)}
+
+
+def measure_run(qrels, path):
+    import pytrec_eval
+    with open(path, encoding="utf-8") as lines:
+        return measure(qrels, pytrec_eval.parse_run(lines))
+
+
+def mean(values):
+    return round(float(np.mean(list(values))), 5)
+
+
+def averages(values):
+    """{lang or "avg": {measure: mean, queries: n}}; avg is the mean over languages."""
+    rows = {lang: {name: mean(v[name] for v in of_lang.values()) for name in MEASURES}
+            | {"queries": len(of_lang)} for lang, of_lang in values.items()}
+    avg = {name: mean(row[name] for row in rows.values()) for name in MEASURES}
+    return rows | {"avg": avg | {"queries": sum(map(len, values.values()))}}
+
+
+# --------------------------------------------------------------------------- significance and table
+
+def paired_p(difference):
+    """Two-sided p of the paired t-test for (N,) differences of one query each; 1 where it is not defined."""
+    from scipy.stats import ttest_1samp
+    if len(difference) < 2 or not difference.any():
+        return 1.0
+    return 0.0 if np.ptp(difference) == 0 else float(f"{ttest_1samp(difference, 0).pvalue:.3g}")
+
+
+def interval(drawn):
+    return [round(float(bound), 5) for bound in np.percentile(drawn, [2.5, 97.5])]
+
+
+def significance(model, baseline, seed):
+    """Paired t-test and bootstrap interval of nDCG@10 for two {lang: {query_id: {measure: value}}}.
+
+    avg_diff is the difference of the averages over languages, ci95 its interval when queries are drawn again
+    within each language; p is of the t-test over the queries of all languages, each counting the same.
+    """
+    rng = np.random.default_rng(seed)
+    differences = {lang: np.array([of_lang[q]["ndcg@10"] - baseline[lang][q]["ndcg@10"] for q in of_lang])
+                   for lang, of_lang in model.items()}
+    drawn = {lang: d[rng.integers(len(d), size=(DRAWS, len(d)))].mean(1) for lang, d in differences.items()}
+    by_lang = {lang: {"diff": mean(d), "p": paired_p(d), "ci95": interval(drawn[lang])}
+               for lang, d in differences.items()}
+    return {"avg_diff": mean(d.mean() for d in differences.values()),
+            "p": paired_p(np.concatenate(list(differences.values()))),
+            "ci95": interval(np.mean(list(drawn.values()), axis=0)), "by_lang": by_lang}
+
+
+def table(result):
+    """The result as text: a row a language, nDCG@10 / Recall@100 of each model, and what to know of it."""
+    settings = result["settings"]
+    metrics = result["models"]
+    width = max(18, *(len(name) + 2 for name in metrics))
+    lines = ["nDCG@10 / Recall@100 (%)" + (f", {settings['pool_note']}" if "pool_note" in settings else ""),
+             f"{'lang':<8}{'queries':>8}" + "".join(f"{name:>{width}}" for name in metrics)]
+    for lang, first in next(iter(metrics.values())).items():
+        rows = [of_model[lang] for of_model in metrics.values()]
+        cells = [f"{100 * row['ndcg@10']:.1f} / {100 * row['recall@100']:.1f}" for row in rows]
+        mark = "*" if lang in settings["zero_shot"] else ""
+        lines.append(f"{lang + mark:<8}{first['queries']:>8}" + "".join(f"{cell:>{width}}" for cell in cells))
+    if settings["zero_shot"]:
+        lines.append("* zero-shot: no training queries in this language")
+    read = {name: encoder["max_len"] for name, encoder in settings["encoders"].items()}
+    for name, limit in read.items():
+        cut = settings["cut"][name]
+        told = [f"{limit[kind]} tokens of a {kind} ({cut[kind]} were cut)" for kind in ("query", "passage")]
+        lines.append(f"{name} reads at most {' and '.join(told)}")
+    if len(set(map(str, read.values()))) > 1:
+        lines.append("models were read at different lengths, which may be a part of a difference")
+    for name, test in result["tests"].items():
+        low, high = test["ci95"]
+        mark = " (significant)" if test["p"] < 0.05 else ""
+        lines.append(f"{name} - {test['vs']}: {100 * test['avg_diff']:+.1f} nDCG@10, 95% interval "
+                     f"{100 * low:+.1f} to {100 * high:+.1f}, paired t-test p = {test['p']:.3g}{mark}")
+    return "\n".join(lines)
+
+
+def describe(args, baseline, qrels):
+    """The settings that metrics.json begins with."""
+    train = Path(args.data) / "train.jsonl"
+    trained = {record["lang"] for record in read_queries(train)} if train.is_file() else qrels
+    settings = {key: getattr(args, key) for key in ("data", "split", "depth", "limit", "pool")}
+    settings |= {"baseline": baseline, "zero_shot": [lang for lang in qrels if lang not in trained]}
+    if args.pool == "judged":
+        settings |= {"pool_sample": args.pool_sample, "pool_note": (
+            f"JUDGED POOL, not the whole corpus: judged passages and up to {args.pool_sample} drawn ones a "
+            "language; higher than on the whole corpus, compare only with the same pool")}
+    return settings | {"encoders": {}, "cut": {}}
 
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    if args.baseline and args.baseline not in args.models:
-        raise DataError(f"--baseline {args.baseline} is not among --models")
-    if args.depth < 100:
-        raise DataError(f"--depth {args.depth}: Recall@100 needs at least 100")
+    check_flags(args)
     names = names_of(args.models)
-    if "bm25" in args.models and not args.bm25_tokenizer:
-        args.bm25_tokenizer = next((m for m in args.models if m != "bm25"), None)
+    args.bm25_tokenizer = args.bm25_tokenizer or next((m for m in args.models if m != "bm25"), None)
     queries_path = Path(args.data) / f"{args.split}.jsonl"
-    queries, qrels = read_questions(args, queries_path)
+    qrels_paths = Path(args.data) / "qrels" / args.split
+    queries, qrels = read_questions(args, queries_path, qrels_paths)
+    asked = {lang: {q: queries[lang][q] for q in qrels[lang] if q in queries[lang]} for lang in qrels}
+    inputs = {lang: [queries_path, qrels_paths / f"{lang}.tsv"] for lang in qrels}
     corpus = {lang: corpus_files(args.data, lang) for lang in qrels}
-    qrels_files = [Path(args.data) / "qrels" / args.split / f"{lang}.tsv" for lang in qrels]
-    output = Output(args, [queries_path, *qrels_files, *(p for of_lang in corpus.values() for p in of_lang)],
-                    args.models, out=Path(args.out) / "metrics.json")
-    runs = [Path(args.out) / "runs" / run_name(name, lang) for name in names.values() for lang in qrels]
-    if output.is_done() and all(path.is_file() for path in runs):
-        print(table(json.loads(output.path.read_text("utf-8"))))
-        return
-    digest = {i["path"]: i["digest"] for i in output.meta["inputs"]}
-    digests = {lang: [digest[str(p)] for p in of_lang] for lang, of_lang in corpus.items()}
-    train = Path(args.data) / "train.jsonl"
-    trained = {r["lang"] for r in read_queries(train)} if train.is_file() else set()
-    settings = {"data": args.data, "split": args.split, "depth": args.depth, "limit": args.limit, "baseline": names.get(args.baseline),
-                "zero_shot": sorted(lang for lang in qrels if trained and lang not in trained), "pool": args.pool}
-    data = args.data
-    if args.pool == "judged":
-        data = draw_pool(args, qrels, digests)
-        settings |= {"pool_sample": args.pool_sample, "pool_note": "JUDGED POOL, not the whole corpus: judged passages and up to "
-                     f"{args.pool_sample} drawn ones a language; higher than on the whole corpus, compare only with the same pool"}
-    values, metrics = {}, {}
-    for model, name in names.items():
-        values[name] = found = evaluate(model, name, args, queries, qrels, digests, data)
-        rows = {lang: {m: round(float(np.mean([v[m] for v in of_lang.values()])), 5) for m in MEASURES} | {"queries": len(of_lang)}
-                for lang, of_lang in found.items()}
-        rows["avg"] = {m: round(float(np.mean([rows[lang][m] for lang in found])), 5) for m in MEASURES}
-        rows["avg"]["queries"] = sum(len(v) for v in found.values())
-        metrics[name] = rows
-        say(f"{name}: nDCG@10 {100 * rows['avg']['ndcg@10']:.1f}, Recall@100 {100 * rows['avg']['recall@100']:.1f}")
+    output = Output(args, [path for lang in qrels for path in inputs[lang] + corpus[lang]], args.models,
+                    Path(args.out) / "metrics.json")
+    done = output.is_done()
+    digest = {entry["path"]: entry["digest"] for entry in output.meta["inputs"]}
+    digests = {lang: [digest[str(path)] for path in paths] for lang, paths in corpus.items()}
+    data = draw_pool(args, qrels, digests) if args.pool == "judged" else args.data
     baseline = names.get(args.baseline)
-    tests = {n: {"vs": baseline, **significance(values[n], values[baseline], args.seed)} for n in values if baseline and n != baseline}
-    result = {"settings": settings, "models": metrics, "tests": tests}
-    output.write_lines([json.dumps(result, ensure_ascii=False, indent=1) + "\n"])
+    settings = describe(args, baseline, qrels)
+    values = {}
+    for model, name in names.items():
+        metas = make_runs(model, name, args, asked, inputs, digests, data)
+        values[name] = {lang: measure_run(qrels[lang], run_path(args.out, name, lang)) for lang in qrels}
+        if model != "bm25":
+            settings["encoders"][name] = metas[0]["encoder"]
+            settings["cut"][name] = {k: sum(m["cut"][k] for m in metas) for k in ("query", "passage")}
+    tests = {name: {"vs": baseline, **significance(values[name], values[baseline], args.seed)}
+             for name in values if baseline and name != baseline}
+    result = {"settings": settings, "models": {n: averages(v) for n, v in values.items()}, "tests": tests}
+    if not done:
+        output.write_lines([json.dumps(result, ensure_ascii=False, indent=1) + "\n"])
+        output.finish(models=len(names), languages=len(qrels), queries=sum(map(len, queries.values())))
     print(table(result))
-    output.finish(models=len(metrics), languages=len(qrels), queries=sum(map(len, queries.values())))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,10 @@ DATA_ROOT ?=
 # ^ folder or file with the source; empty: the hub for miracl, the bundled files for sample
 LANGS ?=
 # ^ languages, as in LANGS="sw te"; empty: all there are
-NAME := $(if $(DATA_ROOT),$(basename $(notdir $(patsubst %/,%,$(DATA_ROOT)))),$(DATA_SOURCE))
+empty :=
+space := $(empty) $(empty)
+# the root's last folder, as a name: blanks in DATA_ROOT are fine, a target of make cannot have any
+NAME := $(if $(DATA_ROOT),$(basename $(notdir $(patsubst %/,%,$(subst $(space),_,$(strip $(DATA_ROOT)))))),$(DATA_SOURCE))
 DATA ?= data/$(NAME)
 # ^ the prepared collection
 RUN ?= runs/$(NAME)
@@ -52,7 +55,7 @@ BATCH ?= 24
 SEED ?= 13
 # ^ seed of every random draw
 GPUS ?= 1
-# ^ processes of stages 01 and 05, a GPU each where there are some; they share the BATCH, so they must divide it
+# ^ processes of stages 01 and 05, a GPU each where there are some; in training they share the BATCH
 EVAL_MODELS ?= bm25 $(ENCODER) $(RUN)/model
 # ^ what stage 06 compares, ENCODER among them; make miracl leaves bm25 out: its index of English MIRACL would need about 141 GB of memory
 CACHE ?= cache
@@ -76,10 +79,10 @@ TRAIN ?= $(if $(SMALL),--lr 1e-3 --temperature 0.05)
 PYTHON ?= python3
 PY := .venv/bin/python
 COMMON := --seed $(SEED) $(if $(LANGS),--lang $(LANGS))
-# what starts 01 and 05, and each process's share of the batch: with --gather 05 trains on the same batch of BATCH queries
+$(if $(shell test "$(GPUS)" -ge 1 2>/dev/null && echo yes),,$(error GPUS=$(GPUS): want a whole number of at least 1))
+# what starts 01 and 05
 SPREAD := $(if $(filter 1,$(GPUS)),$(PY),.venv/bin/torchrun --nproc-per-node $(GPUS) --standalone)
-SHARE := $(if $(filter 1,$(GPUS)),$(BATCH),$(shell (test $(GPUS) -gt 1 && test $$(($(BATCH) % $(GPUS))) = 0 && echo $$(($(BATCH) / $(GPUS))) --gather) 2>/dev/null))
-$(if $(SHARE),,$(error GPUS=$(GPUS) cannot share BATCH=$(BATCH) queries a step: want a whole number of at least 1 that divides it))
+$(foreach path,DATA RUN CACHE,$(if $(word 2,$($(path))),$(error $(path)="$($(path))" has a blank, which make takes for two files: choose another path)))
 SERVED := $(PY) $(if $(filter offline-stand-in,$(LLM)),offline_llm.py --exec $(PY))
 
 .PHONY: all miracl data encoder candidates filtered augmented topics model eval ablations judge-quality bench test sample clean help FORCE
@@ -97,7 +100,7 @@ eval: $(RUN)/eval/metrics.json
 # Needs no .venv: the plan comes before anything is installed, downloaded or paid for.
 miracl:
 	@$(PYTHON) bench/plan.py $(if $(LANGS),--lang $(LANGS)) --retrievers $(RETRIEVERS) --encoder $(ENCODER) --llm $(LLM) \
-	    --depth $(DEPTH) --target $(N) --epochs $(EPOCHS) $(if $(DATA_ROOT),--root $(DATA_ROOT)) $(if $(PRICE_IN),--price-in $(PRICE_IN)) $(if $(PRICE_OUT),--price-out $(PRICE_OUT)) \
+	    --depth $(DEPTH) --target $(N) --epochs $(EPOCHS) $(if $(DATA_ROOT),--root "$(DATA_ROOT)") $(if $(PRICE_IN),--price-in $(PRICE_IN)) $(if $(PRICE_OUT),--price-out $(PRICE_OUT)) \
 	    $(if $(GPU_PRICE),--gpu-price $(GPU_PRICE)) --eval-models $(EVAL_MODELS) $(PLAN) $(if $(filter 1,$(CONFIRM)),--confirmed)
 	$(if $(filter 1,$(CONFIRM)),@$(MAKE) all)
 
@@ -108,7 +111,7 @@ miracl:
 	touch $@
 
 $(DATA)/train.jsonl: .venv/installed FORCE
-	$(PY) 00_prepare_data.py --source $(DATA_SOURCE) $(if $(DATA_ROOT),--root $(DATA_ROOT)) --out $(DATA) $(COMMON)
+	$(PY) 00_prepare_data.py --source $(DATA_SOURCE) $(if $(DATA_ROOT),--root "$(DATA_ROOT)") --out $(DATA) $(COMMON)
 
 models/$(NAME): $(DATA)/train.jsonl FORCE
 	$(PY) sample/make_encoder.py --data $(DATA) --out $@ $(COMMON)
@@ -126,7 +129,7 @@ $(RUN)/topics.jsonl: $(RUN)/augmented.jsonl FORCE
 	$(PY) 04_cluster_topics.py --input $< --encoder $(ENCODER) --topics $(TOPICS) --cache $(CACHE) --out $@ $(COMMON)
 
 $(RUN)/model: $(RUN)/topics.jsonl FORCE
-	$(SPREAD) 05_train.py --input $< --encoder $(ENCODER) --epochs $(EPOCHS) --batch-size $(SHARE) $(TRAIN) --out $@ $(COMMON)
+	$(SPREAD) 05_train.py --input $< --encoder $(ENCODER) --epochs $(EPOCHS) --batch-size $(BATCH) $(TRAIN) --out $@ $(COMMON)
 
 $(RUN)/eval/metrics.json: $(RUN)/model FORCE
 	$(PY) 06_eval.py --data $(DATA) --models $(EVAL_MODELS) --baseline $(ENCODER) --cache $(CACHE) --out $(RUN)/eval $(COMMON)

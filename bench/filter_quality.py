@@ -1,7 +1,8 @@
 """How well did the filter do? Its removed and kept candidates beside the sample's complete truth.
 
 Reads   RUN/candidates.jsonl, RUN/filtered.jsonl of a run on the sample; sample/truth/train/<lang>.tsv
-Writes  a line a language on stdout: candidates, planted false negatives among them, precision and recall of the removal
+Writes  a line a language on stdout: candidates, planted false negatives among them, precision and recall of
+        the removal
 Usage   python bench/filter_quality.py runs/sample
 """
 import json
@@ -22,25 +23,27 @@ def read_truth():
 
 
 def count(run, relevant):
-    """{lang: Counter(candidates, planted, removed, right)}; planted: relevant candidates that the training file does not label."""
+    """{lang: Counter(candidates, planted, removed, right)}; planted: relevant, but not labelled."""
     table = defaultdict(Counter)
-    with open(f"{run}/candidates.jsonl", encoding="utf-8") as before, open(f"{run}/filtered.jsonl", encoding="utf-8") as after:
+    with open(f"{run}/candidates.jsonl", encoding="utf-8") as before, \
+            open(f"{run}/filtered.jsonl", encoding="utf-8") as after:
         for mined, filtered in zip(map(json.loads, before), map(json.loads, after), strict=True):
             truth = relevant[mined["lang"], mined["query_id"]]
             candidates = {p["docid"] for p in mined["candidate_passages"]}
             removed = {p["docid"] for p in filtered["false_negatives"]}
-            table[mined["lang"]] += Counter(candidates=len(candidates), planted=len(candidates & truth), removed=len(removed),
-                                            right=len(removed & truth))
+            table[mined["lang"]].update(candidates=len(candidates), planted=len(candidates & truth),
+                                        removed=len(removed), right=len(removed & truth))
     return table
 
 
 def main(run):
     table = count(run, read_truth())
     table["all"] = sum(table.values(), Counter())
-    print(f"{'lang':<5}{'candidates':>11}{'planted':>9}{'share':>8}{'removed':>9}{'precision':>11}{'recall':>8}")
+    print("lang  candidates  planted   share  removed  precision  recall")
     for lang, n in sorted(table.items(), key=lambda row: (row[0] == "all", row[0])):
-        print(f"{lang:<5}{n['candidates']:>11}{n['planted']:>9}{n['planted'] / n['candidates']:>8.1%}{n['removed']:>9}"
-              f"{n['right'] / max(1, n['removed']):>11.1%}{n['right'] / max(1, n['planted']):>8.1%}")
+        print(f"{lang:<5}{n['candidates']:>11}{n['planted']:>9}{n['planted'] / n['candidates']:>8.1%}"
+              f"{n['removed']:>9}{n['right'] / max(1, n['removed']):>11.1%}"
+              f"{n['right'] / max(1, n['planted']):>8.1%}")
 
 
 if __name__ == "__main__":

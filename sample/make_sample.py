@@ -1,15 +1,17 @@
-"""Build the bundled sample: true facts told in 16 languages, with planted false negatives and the complete truth.
+"""Build the bundled sample: true facts told in 16 languages, with planted false negatives and the truth.
 
-Source  facts.json (entities, their facts, topics) and languages/<lang>.json (names and sentence patterns), written for this project
-Writes  OUT/data/ corpus/<lang>.jsonl, train.jsonl, dev.jsonl, qrels/<split>/<lang>.tsv  as 00_prepare_data.py gives them;
-        OUT/truth/<split>/<lang>.tsv  every relevant passage of every query, for measuring only
-Usage   python sample/make_sample.py                                       (writes sample/data and sample/truth again, to the same bytes)
-        python sample/make_sample.py --scale 1000000 --lang sw --out data/big   (invented entities, for measuring memory and speed)
+Source  facts.json (entities, their facts, topics), languages/<lang>.json (names, sentence patterns): our own
+Writes  OUT/data/   corpus/<lang>.jsonl, train.jsonl, dev.jsonl, qrels/<split>/<lang>.tsv, as 00 gives them
+        OUT/truth/  <split>/<lang>.tsv: every relevant passage of every query, for measuring only
+Usage   python sample/make_sample.py       (writes sample/data and sample/truth again, to the same bytes)
+        python sample/make_sample.py --scale 1000000 --lang sw --out data/big
+                                           (invented entities, for measuring memory and speed)
 
-Each entity has four passages on its four facts. The questions of a language ask for two of the facts of each topic. Of half
-of the entities these are told twice, the second time in other words, but for most training queries only one of the two
-passages is labelled: the other is a planted false negative. Of the other half they are told once, in other words, so that
-there is something to learn. An entity's other passages, and the same fact of its neighbours, are the hard negatives.
+Each entity has four passages on its four facts. The questions of a language ask for two of the facts of each
+topic. Of half of the entities these are told twice, the second time in other words, but for most training
+queries only one of the two passages is labelled: the other is a planted false negative. Of the other half
+they are told once, in other words, so that there is something to learn. An entity's other passages, and the
+same fact of its neighbours, are the hard negatives.
 """
 import argparse
 import json
@@ -20,22 +22,27 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 
-# entities, training queries and dev queries by language: uneven on purpose, as MIRACL is; sw cannot fill a batch
-SIZES = {"en": (64, 60, 24), "es": (56, 48, 22), "ru": (52, 44, 22), "zh": (52, 44, 20), "fr": (50, 40, 20), "ja": (46, 36, 20),
-         "ar": (46, 36, 20), "id": (44, 30, 20), "fa": (42, 28, 20), "ko": (42, 26, 20), "fi": (40, 24, 18), "hi": (40, 24, 18),
-         "bn": (36, 16, 16), "te": (32, 12, 16), "th": (30, 10, 16), "sw": (24, 8, 16)}
+# entities, training and dev queries by language: uneven on purpose, as MIRACL is; sw cannot fill a batch
+SIZES = {"en": (64, 60, 24), "es": (56, 48, 22), "ru": (52, 44, 22), "zh": (52, 44, 20), "fr": (50, 40, 20),
+         "ja": (46, 36, 20), "ar": (46, 36, 20), "id": (44, 30, 20), "fa": (42, 28, 20), "ko": (42, 26, 20),
+         "fi": (40, 24, 18), "hi": (40, 24, 18), "bn": (36, 16, 16), "te": (32, 12, 16), "th": (30, 10, 16),
+         "sw": (24, 8, 16)}
 TOLD_TWICE = 0.5   # share of entities whose facts are told twice
 ONE_LABEL = 0.8    # share of the training queries about them with only one of the two passages labelled
 HUMAN_JUDGED = 0.3  # share of training queries with a passage that people judged non-relevant
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=str(HERE), metavar="FOLDER", help="default: this script's folder")
     parser.add_argument("--seed", type=int, default=13, help="seed of every random draw (default: 13)")
-    parser.add_argument("--scale", type=int, metavar="N", help="instead: N passages about invented entities, in one language")
-    parser.add_argument("--queries", type=int, default=1000, metavar="N", help="training queries under --scale (default: 1000)")
-    parser.add_argument("--lang", default="en", choices=sorted(SIZES), help="language under --scale (default: en)")
+    parser.add_argument("--scale", type=int, metavar="N",
+                        help="instead: N passages about invented entities, in one language")
+    parser.add_argument("--queries", type=int, default=1000, metavar="N",
+                        help="training queries under --scale (default: 1000)")
+    parser.add_argument("--lang", default="en", choices=sorted(SIZES),
+                        help="language under --scale (default: en)")
     return parser
 
 
@@ -48,7 +55,7 @@ class Language:
         self.digits, self.space = spec.get("digits"), " " if spec.get("space", True) else ""
 
     def form(self, name, form=""):
-        forms = self.names.get(name, name)  # symbols and invented names are no keys: they are written as they are
+        forms = self.names.get(name, name)  # symbols and invented names are no keys: they stay as they are
         if isinstance(forms, str):
             return forms
         return forms.get(form, forms[""])
@@ -71,16 +78,20 @@ class Language:
 
 
 def tell(language, topic, entity, facts, article, asked, twice):
-    """The four passages of an entity: [({docid, title, text}, {attributes they state})]; asked are the two to ask for."""
-    (a, c), (b, d) = asked, sorted(set(facts) - set(asked))
+    """The four passages of an entity, [({docid, title, text}, {attributes})]; asked: the two to ask for."""
+    a, c = asked
+    b, d = sorted(set(facts) - set(asked))
     # a sentence is (attribute, wording): wording 0 is near the question's, wording 1 says it in other words
-    plan = [[(a, 0), (b, 0)], [(c, 0), (d, 0)], [(a, 1), (c, 1)]] if twice else [[(b, 0), (d, 0)], [(a, 1)], [(c, 1)]]
+    plan = [[(b, 0), (d, 0)], [(a, 1)], [(c, 1)]]
+    if twice:
+        plan = [[(a, 0), (b, 0)], [(c, 0), (d, 0)], [(a, 1), (c, 1)]]
     patterns, passages = language.patterns[topic], []
     for n, sentences in enumerate([*plan, [(b, 1), (d, 1)]]):
         told = [language.sentence(patterns["about"][n], entity)] if n < 3 else []
         told += [language.sentence(patterns[x]["say"][wording], entity, facts[x]) for x, wording in sentences]
-        passages.append(({"docid": f"{article}#{n}", "title": language.title(entity), "text": language.space.join(told)},
-                         {x for x, _ in sentences}))
+        text = language.space.join(told)
+        passage = {"docid": f"{article}#{n}", "title": language.title(entity), "text": text}
+        passages.append((passage, {x for x, _ in sentences}))
     return passages
 
 
@@ -92,15 +103,20 @@ def make_language(lang, facts, seed):
     chosen = []
     while len(chosen) < n_entities:  # one of each topic in turn
         chosen += [(topic, queue.pop()) for topic, queue in queues.items() if queue]
-    to_ask = {topic: draw.sample(sorted(next(iter(entities.values()))), 2) for topic, entities in facts.items()}
+    to_ask = {}
+    for topic, entities in facts.items():
+        attributes = next(iter(entities.values()))
+        to_ask[topic] = draw.sample(sorted(attributes), 2)
     corpus, questions = [], []
     for article, (topic, entity) in enumerate(chosen[:n_entities], 1):
-        passages = tell(language, topic, entity, facts[topic][entity], article, to_ask[topic], draw.random() < TOLD_TWICE)
+        twice = draw.random() < TOLD_TWICE
+        passages = tell(language, topic, entity, facts[topic][entity], article, to_ask[topic], twice)
         corpus += [p for p, _ in passages]
         for attribute in to_ask[topic]:
             ask = draw.choice(language.patterns[topic][attribute]["ask"])
-            questions.append((language.sentence(ask, entity), [p for p, told in passages if attribute in told],
-                              [p for p, told in passages if attribute not in told]))
+            relevant = [p for p, told in passages if attribute in told]
+            others = [p for p, told in passages if attribute not in told]
+            questions.append((language.sentence(ask, entity), relevant, others))
     draw.shuffle(questions)
     splits = {"train": questions[:n_train], "dev": questions[n_train:n_train + n_dev]}
     made = {}
@@ -175,8 +191,8 @@ def make_scaled(out, seed, n_passages, n_queries, lang):
             if article % every == 0 and len(queries) < n_queries:
                 attribute = asked[0]
                 ask = language.sentence(draw.choice(language.patterns[topic][attribute]["ask"]), entity)
-                queries.append(to_json({"query_id": str(article), "lang": lang, "query": ask, "positive_passages": [told[0][0]],
-                                        "negative_passages": []}))
+                queries.append(to_json({"query_id": str(article), "lang": lang, "query": ask,
+                                        "positive_passages": [told[0][0]], "negative_passages": []}))
             for passage, _ in told[:n_passages - written]:
                 written += 1
                 yield to_json(passage)

@@ -1,9 +1,10 @@
 """A chat server over a real socket that misbehaves on purpose, for the tests and bench/judge_faults.py.
 
-    python tests/faulty_server.py --port-file F [--faults 0.3] [--stall 30] [--delay 0] [--log F] [--no-schema]
+    python tests/faulty_server.py --port-file F [--faults 0.3] [--stall 30] [--delay 0] [--log F]
 
-Answers judge calls by a digest of the prompt, so the right answers are known without a model. A share of the replies is bad,
-drawn by request and attempt, one of KINDS. --log gets a line for each good answer that was sent whole: the digest of its prompt.
+Answers judge calls by a digest of the prompt, so the right answers are known without a model. A share of the
+replies is bad, drawn by request and attempt, one of KINDS. --log gets a line for each good answer that was
+sent whole: the digest of its prompt.
 """
 import argparse
 import asyncio
@@ -14,8 +15,8 @@ import random
 import re
 from collections import Counter
 
-KINDS = ["429", "429 Retry-After", "500", "503", "dropped", "stall", "truncated", "prose", "types", "range", "empty", "no choices",
-         "html", "cut body", "refused"]
+KINDS = ["429", "429 Retry-After", "500", "503", "dropped", "stall", "truncated", "prose", "types", "range",
+         "empty", "no choices", "html", "cut body", "refused"]
 
 
 def scores(text):
@@ -26,19 +27,48 @@ def scores(text):
 
 def answer(prompt):
     """The right answer to a judge prompt."""
-    found = re.findall(r"^Candidate passage(?: (\d+))?: (.*)$", prompt, re.MULTILINE)
-    if not found:
-        return {"accuracy": 0, "completeness": 0}
-    if not found[0][0]:
-        return scores(json.loads(found[0][1]))
-    return {"judgments": [{"id": int(i), **scores(json.loads(text))} for i, text in found]}
+    found = re.search(r"^Candidate passage: (.*)$", prompt, re.MULTILINE)
+    return scores(json.loads(found[1])) if found else {"accuracy": 0, "completeness": 0}
+
+
+def spoiled(kind, text, draw):
+    """(text, finish_reason, refusal) of an answer that is well-formed HTTP and no usable judgment."""
+    if kind == "truncated":
+        return text[: len(text) // 2], draw.choice(["stop", "length"]), None
+    if kind == "prose":  # two judgments: ambiguous
+        text = f'First I thought {{"accuracy": 1, "completeness": 2}}, but it is {text}.'
+    elif kind == "types":
+        wrong = draw.choice([r'\1"\2"', r"\1true", r"\1\2.5", r"\1null"])
+        text = re.sub(r'("accuracy": )(\d)', wrong, text)
+    elif kind == "range":
+        text = re.sub(r'("accuracy": )\d', draw.choice([r"\g<1>3", r"\g<1>-1", r"\g<1>99"]), text)
+    elif kind == "empty":
+        text = draw.choice(["", " \n", None])
+    elif kind == "refused":
+        return None, "stop", "I cannot help with that."
+    return text, "stop", None
 
 
 class Server:
-    def __init__(self, faults=0.0, stall=30.0, delay=0.0, log=None, schema=True, seed=13, status=None, message="no", retry_after=None,
-                 never=None):
+    def __init__(
+        self,
+        faults=0.0,
+        stall=30.0,
+        delay=0.0,
+        log=None,
+        schema=True,
+        seed=13,
+        status=None,
+        message="no",
+        retry_after=None,
+        never=None,
+    ):
         self.faults, self.stall, self.delay, self.schema, self.seed = faults, stall, delay, schema, seed
-        self.status, self.message, self.retry_after = status, message, retry_after  # status: always answer this one
+        self.status, self.message, self.retry_after = (
+            status,
+            message,
+            retry_after,
+        )  # status: always answer this one
         self.never = never  # prompts with this word get an empty answer each time
         self.log = open(log, "a", encoding="utf-8") if log else None
         self.seen, self.kinds, self.bodies, self.heads = Counter(), Counter(), [], []
@@ -47,7 +77,9 @@ class Server:
         try:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-                body = json.loads(await reader.readexactly(int(re.search(r"content-length: (\d+)", head, re.I)[1])))
+                body = json.loads(
+                    await reader.readexactly(int(re.search(r"content-length: (\d+)", head, re.I)[1]))
+                )
                 if len(self.bodies) < 20000:
                     self.bodies.append(body)
                     self.heads.append(head)
@@ -71,57 +103,49 @@ class Server:
         if self.delay:
             await asyncio.sleep(self.delay)
         if not self.schema and "response_format" in body:
-            return self.send(writer, 400, {"error": {"message": "response_format is not supported", "param": "response_format"}})
+            return self.refuse(writer, 400, "response_format is not supported")
         if kind == "refusal":
-            return self.send(writer, self.status, {"error": {"message": self.message}},
-                             f"Retry-After: {self.retry_after}\r\n" if self.retry_after else "")
-        right = answer(prompt)
-        text, finish, refusal = json.dumps(right), "stop", None
-        if self.never and self.never in prompt:
-            text = ""
+            return self.refuse(writer, self.status, self.message, self.retry_after)
         if kind == "stall":
             await asyncio.sleep(self.stall)
             return False
         if kind == "dropped":
             if draw.random() < 0.5:
-                writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n{\"choi")
+                head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n"
+                writer.write(head + b'{"choi')
                 await writer.drain()
             return False
         if kind[:3].isdecimal():
-            return self.send(writer, int(kind[:3]), {"error": {"message": "come back later"}},
-                             "Retry-After: 1\r\n" if kind.endswith("After") else "")
+            return self.refuse(writer, int(kind[:3]), "come back later", kind.endswith("After"))
         if kind == "html":
             return self.send(writer, 200, "<html>gateway</html>", kind="text/html")
         if kind == "cut body":
             return self.send(writer, 200, '{"id": "x", "choices": [{"mess')
         if kind == "no choices":
             return self.send(writer, 200, {"id": "x", "choices": None})
-        if kind == "truncated":
-            text, finish = text[:len(text) // 2], draw.choice(["stop", "length"])
-        elif kind == "prose":  # two judgments: ambiguous
-            text = f'First I thought {{"accuracy": 1, "completeness": 2}}, but it is {text}.'
-        elif kind == "types":
-            text = re.sub(r'("accuracy": )(\d)', draw.choice([r'\1"\2"', r"\1true", r"\1\2.5", r"\1null"]), text)
-        elif kind == "range":
-            text = re.sub(r'("accuracy": )\d', draw.choice([r"\g<1>3", r"\g<1>-1", r"\g<1>99"]), text)
-        elif kind == "empty":
-            text = draw.choice(["", " \n", None])
-        elif kind == "refused":
-            text, refusal = None, "I cannot help with that."
-        alive = self.send(writer, 200, {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"],
-                                        "choices": [{"index": 0, "finish_reason": finish,
-                                                     "message": {"role": "assistant", "content": text, "refusal": refusal}}],
-                                        "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}})
+        text = "" if self.never and self.never in prompt else json.dumps(answer(prompt))
+        text, finish, refusal = spoiled(kind, text, draw)
+        message = {"role": "assistant", "content": text, "refusal": refusal}
+        reply = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"],
+                 "choices": [{"index": 0, "finish_reason": finish, "message": message}],
+                 "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}}
+        self.send(writer, 200, reply)
         if kind == "good" and self.log:
             await writer.drain()
-            asked = json.dumps([body["model"], body["messages"], body.get("seed")])  # a larger max_tokens asks the same again
+            # without max_tokens: a larger one asks the same again
+            asked = json.dumps([body["model"], body["messages"], body.get("seed")])
             self.log.write(hashlib.sha256(asked.encode()).hexdigest()[:16] + "\n")
             self.log.flush()
-        return alive
+        return True
+
+    def refuse(self, writer, status, message, retry_after=None):
+        headers = f"Retry-After: {int(retry_after)}\r\n" if retry_after else ""
+        return self.send(writer, status, {"error": {"message": message}}, headers)
 
     def send(self, writer, status, body, headers="", kind="application/json"):
         data = (body if isinstance(body, str) else json.dumps(body)).encode()
-        writer.write(f"HTTP/1.1 {status} X\r\nContent-Type: {kind}\r\n{headers}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        head = f"HTTP/1.1 {status} X\r\nContent-Type: {kind}\r\n{headers}Content-Length: {len(data)}\r\n\r\n"
+        writer.write(head.encode() + data)
         return True
 
     async def serve(self, ready):
@@ -140,6 +164,7 @@ class Running:
 
     def __enter__(self):
         import threading
+
         up = threading.Event()
         self.loop = asyncio.new_event_loop()
 
@@ -159,6 +184,7 @@ class Running:
             for task in left:
                 task.cancel()
             await asyncio.gather(*left, return_exceptions=True)
+
         self.thread = threading.Thread(target=work, daemon=True)
         self.thread.start()
         assert up.wait(10), "the server did not start"
@@ -170,7 +196,9 @@ class Running:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--port-file", required=True, help="gets the base URL")
     parser.add_argument("--faults", type=float, default=0.3, help="share of bad replies")
     parser.add_argument("--stall", type=float, default=30, help="seconds of a stall")
@@ -183,6 +211,7 @@ def main():
         with open(args.port_file + ".tmp", "w", encoding="utf-8") as file:
             file.write(url)
         os.replace(args.port_file + ".tmp", args.port_file)
+
     asyncio.run(Server(args.faults, args.stall, args.delay, args.log, not args.no_schema).serve(ready))
 
 

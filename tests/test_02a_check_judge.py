@@ -1,4 +1,5 @@
 """02a: figures that a reader can check by hand, from hand-made records, sheets and labels."""
+
 import csv
 import json
 
@@ -31,26 +32,66 @@ def write(path, rows):
 @pytest.fixture
 def judged(tmp_path):
     """th: 2 of 3 further positives found, 1 of 4 negatives thrown away. sw: 1 of 1 and 0 of 1."""
+
     def record(query_id, lang, positives, negatives):
-        return {"query_id": query_id, "lang": lang, "query": "?", "positive_passages": [passage(f"{query_id}p{i}", text_with(g, i))
-                                                                                       for i, g in enumerate(positives)],
-                "negative_passages": [passage(f"{query_id}n{i}", text_with(g, 10 + i)) | {"source": "human"} for i, g in enumerate(negatives)]}
-    rows = [record("a", "th", [0, 1, 0], [0, 0]), record("b", "th", [0, 2], [0, 1]), record("c", "sw", [2, 2], [0]), record("d", "sw", [0], [])]
+        return {
+            "query_id": query_id,
+            "lang": lang,
+            "query": "?",
+            "positive_passages": [
+                passage(f"{query_id}p{i}", text_with(g, i)) for i, g in enumerate(positives)
+            ],
+            "negative_passages": [
+                passage(f"{query_id}n{i}", text_with(g, 10 + i)) | {"source": "human"}
+                for i, g in enumerate(negatives)
+            ],
+        }
+
+    rows = [
+        record("a", "th", [0, 1, 0], [0, 0]),
+        record("b", "th", [0, 2], [0, 1]),
+        record("c", "sw", [2, 2], [0]),
+        record("d", "sw", [0], []),
+    ]
     rows[2]["negative_passages"].append(passage("cx", text_with(2, 30)))  # nobody judged it: no truth
     return write(tmp_path / "train.jsonl", rows)
 
 
 def test_calibrate_counts_by_hand(judged, tmp_path, capsys):
     with Running() as server:
-        run("calibrate", "--input", judged, "--llm", "judge", "--base-url", server.url, "--cache", tmp_path / "cache", "--out", tmp_path / "o")
+        run(
+            "calibrate",
+            "--input",
+            judged,
+            "--llm",
+            "judge",
+            "--base-url",
+            server.url,
+            "--cache",
+            tmp_path / "cache",
+            "--out",
+            tmp_path / "o",
+        )
         assert len(server.bodies) == 9
         printed = capsys.readouterr().out
         for _ in range(2):  # cached for the next time and for stage 02
-            run("calibrate", "--input", judged, "--llm", "judge", "--base-url", server.url, "--cache", tmp_path / "cache")
+            run(
+                "calibrate",
+                "--input",
+                judged,
+                "--llm",
+                "judge",
+                "--base-url",
+                server.url,
+                "--cache",
+                tmp_path / "cache",
+            )
             assert len(server.bodies) == 9
     rows = {line.split()[0]: line for line in printed.splitlines()}
     assert list(rows) == ["lang", "sw", "th", "all"]
-    assert "71.4 [35.9, 91.8] of 7" in rows["th"]    # 5 of 7 right; Wilson by hand: centre 0.6384, half-width 0.2794
+    assert (
+        "71.4 [35.9, 91.8] of 7" in rows["th"]
+    )  # 5 of 7 right; Wilson by hand: centre 0.6384, half-width 0.2794
     assert "25.0 [4.6, 69.9] of 4" in rows["th"] and "33.3 [6.1, 79.2] of 3" in rows["th"]
     assert "100.0 [34.2, 100.0] of 2" in rows["sw"] and "0.0 [0.0, 79.3] of 1" in rows["sw"]
     assert len((tmp_path / "o").read_text("utf-8").splitlines()) == 9
@@ -59,26 +100,74 @@ def test_calibrate_counts_by_hand(judged, tmp_path, capsys):
 def test_calibrate_never_shows_a_passage_its_own_text_as_reference(judged, tmp_path):
     with Running() as server:
         for flags in ([], ["--reference", "best"], ["--no-reference"]):
-            run("calibrate", "--input", judged, "--llm", "judge", "--base-url", server.url, "--cache", tmp_path / "c", *flags)
+            run(
+                "calibrate",
+                "--input",
+                judged,
+                "--llm",
+                "judge",
+                "--base-url",
+                server.url,
+                "--cache",
+                tmp_path / "c",
+                *flags,
+            )
     for body in server.bodies:
         lines = dict(line.split(": ", 1) for line in body["messages"][1]["content"].splitlines())
         assert lines["Candidate passage"] != lines.get("Reference passage (known to answer the question)")
 
 
 def test_calibrate_has_something_to_calibrate_on(tmp_path):
-    rows = [{"query_id": "q", "lang": "th", "query": "?", "positive_passages": [passage("p")], "negative_passages": [passage("n")]}]
+    rows = [
+        {
+            "query_id": "q",
+            "lang": "th",
+            "query": "?",
+            "positive_passages": [passage("p")],
+            "negative_passages": [passage("n")],
+        }
+    ]
     with pytest.raises(common.DataError, match="take a file with judgments"):
-        run("calibrate", "--input", write(tmp_path / "in.jsonl", rows), "--llm", "x", "--base-url", "http://127.0.0.1:9/v1")
+        run(
+            "calibrate",
+            "--input",
+            write(tmp_path / "in.jsonl", rows),
+            "--llm",
+            "x",
+            "--base-url",
+            "http://127.0.0.1:9/v1",
+        )
 
 
 @pytest.fixture
 def sheet(tmp_path):
-    rows = [{"query_id": f"q{i}", "lang": ["ko", "te"][i % 2], "query": "=1+1?", "positive_passages": [passage("p", "the answer")],
-             "negative_passages": [passage(f"k{i}.{j}", f'-kept {i} {j}, "quoted"\nline') | {"source": "mined", "grade": 0} for j in range(6)]
-             + [passage("h", "human") | {"source": "human", "grade": 0}],
-             "false_negatives": [passage(f"r{i}.{j}", f"removed {i} {j}") | {"accuracy": 1, "completeness": 1, "grade": 1} for j in range(3)]}
-            for i in range(4)]
-    run("sample", "--input", write(tmp_path / "filtered.jsonl", rows), "--per-language", 8, "--out", tmp_path / "sheet.csv")
+    rows = [
+        {
+            "query_id": f"q{i}",
+            "lang": ["ko", "te"][i % 2],
+            "query": "=1+1?",
+            "positive_passages": [passage("p", "the answer")],
+            "negative_passages": [
+                passage(f"k{i}.{j}", f'-kept {i} {j}, "quoted"\nline') | {"source": "mined", "grade": 0}
+                for j in range(6)
+            ]
+            + [passage("h", "human") | {"source": "human", "grade": 0}],
+            "false_negatives": [
+                passage(f"r{i}.{j}", f"removed {i} {j}") | {"accuracy": 1, "completeness": 1, "grade": 1}
+                for j in range(3)
+            ],
+        }
+        for i in range(4)
+    ]
+    run(
+        "sample",
+        "--input",
+        write(tmp_path / "filtered.jsonl", rows),
+        "--per-language",
+        8,
+        "--out",
+        tmp_path / "sheet.csv",
+    )
     return tmp_path / "sheet.csv"
 
 
@@ -93,13 +182,30 @@ def test_a_sheet_is_blind_shuffled_and_half_removed(sheet, tmp_path):
     assert [r["item"] for r in rows] == [k["item"] for k in key] and len(rows) == 16
     removed = [k["removed"] for k in key if k["lang"] == "ko"]
     assert sorted(removed) == ["0"] * 4 + ["1"] * 4 and removed != sorted(removed, reverse=True)
-    assert all(r["relevant"] == "" and not r["passage"].startswith("-") and r["question"] == "'=1+1?" for r in rows)
-    run("sample", "--input", tmp_path / "filtered.jsonl", "--per-language", 100, "--out", tmp_path / "all.csv")
-    assert len(read(tmp_path / "all.csv")) == 4 * 9 and "human" not in {r["passage"] for r in read(tmp_path / "all.csv")}
+    assert all(
+        r["relevant"] == "" and not r["passage"].startswith("-") and r["question"] == "'=1+1?" for r in rows
+    )
+    run(
+        "sample", "--input", tmp_path / "filtered.jsonl", "--per-language", 100, "--out", tmp_path / "all.csv"
+    )
+    assert len(read(tmp_path / "all.csv")) == 4 * 9 and "human" not in {
+        r["passage"] for r in read(tmp_path / "all.csv")
+    }
     before = sheet.read_bytes()
     run("sample", "--input", tmp_path / "filtered.jsonl", "--per-language", 8, "--out", sheet, "--overwrite")
     assert sheet.read_bytes() == before
-    run("sample", "--input", tmp_path / "filtered.jsonl", "--per-language", 8, "--out", sheet, "--overwrite", "--seed", 5)
+    run(
+        "sample",
+        "--input",
+        tmp_path / "filtered.jsonl",
+        "--per-language",
+        8,
+        "--out",
+        sheet,
+        "--overwrite",
+        "--seed",
+        5,
+    )
     assert sheet.read_bytes() != before
 
 
@@ -114,23 +220,31 @@ def fill(sheet, path, label):
 
 def test_score_gives_agreement_and_kappa(sheet, tmp_path, capsys):
     key = {k["item"]: k["removed"] for k in read(f"{sheet}.key.csv")}
-    ann = fill(sheet, tmp_path / "ann.csv", key.get)                                        # agrees with the judge everywhere
+    ann = fill(sheet, tmp_path / "ann.csv", key.get)  # agrees with the judge everywhere
     bob = fill(sheet, tmp_path / "bob.csv", lambda item: key[item])
-    eve = fill(sheet, tmp_path / "eve.csv", lambda item: "1" if item.startswith("te") else key[item])  # in te: all relevant
+    eve = fill(
+        sheet, tmp_path / "eve.csv", lambda item: "1" if item.startswith("te") else key[item]
+    )  # in te: all relevant
     run("score", ann, bob, "--key", f"{sheet}.key.csv")
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert lines["all"].count("100.0 [") == 3 and lines["all"].endswith("1.000 of 16")
     run("score", ann, eve, "--key", f"{sheet}.key.csv")
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     # te: 4 items (1, 1), 4 items (0, 1): observed 0.5, chance 0.75^2 + 0.25^2 = 0.625, kappa = -0.125 / 0.375
-    assert lines["te"].endswith("-0.333 of 8") and lines["ko"].endswith("1.000 of 8") and "100.0 [51.0, 100.0] of 4" in lines["te"]
+    assert (
+        lines["te"].endswith("-0.333 of 8")
+        and lines["ko"].endswith("1.000 of 8")
+        and "100.0 [51.0, 100.0] of 4" in lines["te"]
+    )
     assert lines["te"].count(" of 4") == 2 and "  -  " in lines["te"]  # a tie decides nothing
     run("score", eve, "--key", f"{sheet}.key.csv")
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert "50.0 [21.5, 78.5] of 8" in lines["te"] and lines["te"].endswith("  -")
 
 
-@pytest.mark.parametrize("label, complaint", [(lambda item: "maybe", r"ann.csv:\d+: relevant is 'maybe'; want 1")])
+@pytest.mark.parametrize(
+    "label, complaint", [(lambda item: "maybe", r"ann.csv:\d+: relevant is 'maybe'; want 1")]
+)
 def test_a_bad_cell_is_told_with_its_line(sheet, tmp_path, label, complaint):
     with pytest.raises(common.DataError, match=complaint):
         run("score", fill(sheet, tmp_path / "ann.csv", label), "--key", f"{sheet}.key.csv")

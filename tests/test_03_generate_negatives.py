@@ -1,4 +1,5 @@
-"""Stage 03: exactly N negatives, guards on what the LLM writes, kills and resumes; over a real socket with the real client."""
+"""Stage 03: exactly N negatives, guards on what the LLM writes, kills and resumes; over a real socket."""
+
 import json
 import os
 import random
@@ -9,10 +10,11 @@ import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import offline_llm
 import pytest
 import tiny_lm
 from conftest import ROOT, load_stage, run_stage
+
+import offline_llm
 
 LANGS = ["sw", "th"]
 GIBBERISH = "zxqv bnmk lkjh qqww vvbn wqxz jjkq xzvb"
@@ -29,7 +31,7 @@ def write(path, records):
 
 
 class Server:
-    """offline_llm.py's answers over HTTP; `reply` may replace a text, `seen` holds the bodies of all requests, in order."""
+    """offline_llm.py's answers over HTTP; `reply` may replace a text, `seen` holds all requests, in order."""
 
     def __init__(self):
         self.seen, self.reply, self.before = [], lambda kind, text: text, lambda: None
@@ -66,8 +68,8 @@ class Server:
 def kind_of(body):
     """judge, summary, query or written: what a request asks for."""
     user = body["messages"][-1]["content"]
-    return ("judge" if "Candidate passage" in user else "written" if "Passage that answers it" in user
-            else "query" if "\nSummary:" in user else "summary")
+    signs = {"judge": "Candidate passage", "written": "Passage that answers it", "query": "\nSummary:"}
+    return next((kind for kind, sign in signs.items() if sign in user), "summary")
 
 
 @pytest.fixture
@@ -84,14 +86,17 @@ def data(tmp_path):
     for lang in LANGS:
         (tmp_path / "data/corpus").mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / f"sample/data/corpus/{lang}.jsonl", tmp_path / "data/corpus")
-    records = [r | {"negative_passages": []} for r in read(ROOT / "sample/data/train.jsonl") if r["lang"] in LANGS]
+    records = [
+        r | {"negative_passages": []} for r in read(ROOT / "sample/data/train.jsonl") if r["lang"] in LANGS
+    ]
     write(tmp_path / "in.jsonl", [r for r in records if int(r["query_id"]) < 6])
     return tmp_path
 
 
 def arguments(top, server, *more, target=12, out="out.jsonl", source="in.jsonl", cache="cache"):
-    return list(map(str, ["--input", top / source, "--data", top / "data", "--retrievers", "bm25", "--llm", "m", "--base-url", server.url,
-                          "--target", target, "--cache", top / cache, "--out", top / out, *more]))
+    fixed = ["--retrievers", "bm25", "--llm", "m", "--base-url", server.url, "--target", target]
+    paths = ["--input", top / source, "--data", top / "data", "--cache", top / cache, "--out", top / out]
+    return list(map(str, [*paths, *fixed, *more]))
 
 
 def generate(top, server, *more, **kwargs):
@@ -107,10 +112,15 @@ def outcomes(counts):
 
 # --------------------------------------------------------------------------- exactly N, and which
 
+
 def check(records, target):
     for record in records:
-        negatives, relevant = record["negative_passages"], record["positive_passages"] + record["false_negatives"]
-        assert len(negatives) == target == len({p["docid"] for p in negatives}) == len({(p["title"], p["text"]) for p in negatives})
+        negatives, relevant = (
+            record["negative_passages"],
+            record["positive_passages"] + record["false_negatives"],
+        )
+        assert len(negatives) == target
+        assert len({p["docid"] for p in negatives}) == len({p["text"] for p in negatives}) == target
         assert not {p["docid"] for p in negatives} & {p["docid"] for p in relevant}
         assert not {p["text"] for p in negatives} & {p["text"] for p in relevant}
 
@@ -124,20 +134,35 @@ def test_every_query_gets_exactly_n_that_are_new_and_judged(data, server, mode):
     assert added and all(p["grade"] == 0 for p in added)
     if mode == "retrieve":
         assert all(r["summary"] and r["generated_query"] for r in records)
-    assert [(r["lang"], r["query_id"]) for r in records] == [(r["lang"], r["query_id"]) for r in read(data / "in.jsonl")]
+    assert [(r["lang"], r["query_id"]) for r in records] == [
+        (r["lang"], r["query_id"]) for r in read(data / "in.jsonl")
+    ]
     assert counts["still_short"] == 0 and len(counts["examples"]) == 5
 
 
 def test_given_negatives_that_are_positives_false_negatives_or_repeated_are_replaced(data, server):
     record = read(data / "in.jsonl")[0]
-    others = [p for p in read(data / f"data/corpus/{record['lang']}.jsonl") if p["docid"] != record["positive_passages"][0]["docid"]]
+    others = [
+        p
+        for p in read(data / f"data/corpus/{record['lang']}.jsonl")
+        if p["docid"] != record["positive_passages"][0]["docid"]
+    ]
     positive, false_negative = record["positive_passages"][0], others[0]
-    bad = [positive, positive | {"docid": "copy"}, false_negative, false_negative | {"docid": "copy2"}, others[1], others[1], others[1] | {"docid": "copy3"}]
+    bad = [
+        positive,
+        positive | {"docid": "copy"},
+        false_negative,
+        false_negative | {"docid": "copy2"},
+        others[1],
+        others[1],
+        others[1] | {"docid": "copy3"},
+        others[1] | {"docid": "copy4", "title": "Another title"},
+    ]
     write(data / "in.jsonl", [record | {"negative_passages": bad, "false_negatives": [false_negative]}])
     (out,), _ = generate(data, server)
     check([out], 12)
     assert out["negative_passages"][0]["docid"] == others[1]["docid"]
-    assert not {"copy", "copy2", "copy3"} & {p["docid"] for p in out["negative_passages"]}
+    assert not {"copy", "copy2", "copy3", "copy4"} & {p["docid"] for p in out["negative_passages"]}
 
 
 def test_queries_that_are_not_short_cost_no_call_and_keep_their_first_n(data, server):
@@ -145,33 +170,66 @@ def test_queries_that_are_not_short_cost_no_call_and_keep_their_first_n(data, se
     n_asked = len(server.seen)
     records, counts = generate(data, server, source="full.jsonl", out="again.jsonl", target=9)
     assert len(server.seen) == n_asked and counts["short_at_first"] == 0
-    assert [r["negative_passages"] for r in records] == [r["negative_passages"][:9] for r in read(data / "full.jsonl")]
+    assert [r["negative_passages"] for r in records] == [
+        r["negative_passages"][:9] for r in read(data / "full.jsonl")
+    ]
 
 
 def test_passages_judged_relevant_become_false_negatives(data, server):
     server.reply = lambda kind, text: '{"accuracy": 2, "completeness": 1}' if kind == "judge" else text
-    records, counts = generate(data, server, "--fill", "none")
-    assert all(r["negative_passages"] == [] and r["false_negatives"] for r in records)
-    assert all(q["reason"].startswith("--fill none after 3 rounds") and "judged relevant" in q["reason"] for q in counts["short"])
+    records, counts = generate(data, server)
+    assert all(
+        {p["source"] for p in r["negative_passages"]} == {"random"} and r["false_negatives"] for r in records
+    )
+    check(records, 12)
+    assert outcomes(counts)["found: judged relevant"] == sum(len(r["false_negatives"]) for r in records)
     records, _ = generate(data, server, "--drop-at", 2)
-    assert all(p["grade"] == 1 for r in records for p in r["negative_passages"] if p["source"] == "generated-query")
+    assert all(
+        p["grade"] == 1 for r in records for p in r["negative_passages"] if p["source"] == "generated-query"
+    )
 
 
 def test_flags_change_what_is_asked(data, server):
     def asked(*flags):
         server.seen.clear()
-        generate(data, server, "--fill", "none", "--limit", 3, *flags, target=6, out=f"{len(flags)}{flags[:1]}.jsonl", cache=f"c{flags}")
+        generate(
+            data,
+            server,
+            "--limit",
+            3,
+            *flags,
+            target=6,
+            out=f"{len(flags)}{flags[:1]}.jsonl",
+            cache=f"c{flags}",
+        )
         return Counter(map(kind_of, server.seen)), server.seen[:]
+
     usual, _ = asked()
     assert asked("--no-judge-new")[0]["judge"] == 0 < usual["judge"]
     votes, bodies = asked("--votes", "3")
-    assert votes["judge"] == 3 * usual["judge"] and {b.get("seed") for b in bodies if kind_of(b) == "judge"} == {0, 1, 2}
+    assert votes["judge"] == 3 * usual["judge"] and {
+        b.get("seed") for b in bodies if kind_of(b) == "judge"
+    } == {0, 1, 2}
     assert all("Reference" in b["messages"][1]["content"] for b in bodies if kind_of(b) == "judge")
-    assert not any("Reference" in b["messages"][1]["content"] for b in asked("--no-reference")[1] if kind_of(b) == "judge")
+    assert not any(
+        "Reference" in b["messages"][1]["content"]
+        for b in asked("--no-reference")[1]
+        if kind_of(b) == "judge"
+    )
     seeds = {b["seed"] for b in asked("--seed", "14")[1] if kind_of(b) == "summary"}
-    assert not seeds & {b["seed"] for b in bodies if kind_of(b) == "summary"} and len(seeds) == usual["summary"]
-    assert all((b["temperature"], b["top_p"], b["max_tokens"]) == (0.7, 0.9, 256) for b in bodies if kind_of(b) == "summary")
-    assert all((b["temperature"], b["top_p"], b["max_tokens"]) == (0.7, 0.9, 128) for b in bodies if kind_of(b) == "query")
+    assert (
+        not seeds & {b["seed"] for b in bodies if kind_of(b) == "summary"} and len(seeds) == usual["summary"]
+    )
+    assert all(
+        (b["temperature"], b["top_p"], b["max_tokens"]) == (0.7, 0.9, 256)
+        for b in bodies
+        if kind_of(b) == "summary"
+    )
+    assert all(
+        (b["temperature"], b["top_p"], b["max_tokens"]) == (0.7, 0.9, 128)
+        for b in bodies
+        if kind_of(b) == "query"
+    )
     server.reply = lambda kind, text: '{"accuracy": 2, "completeness": 2}' if kind == "judge" else text
     assert asked("--rounds", "1")[0]["summary"] < asked("--rounds", "2")[0]["summary"]
     assert all(b["model"] == ("j" if kind_of(b) == "judge" else "m") for b in asked("--judge-llm", "j")[1])
@@ -184,13 +242,21 @@ def test_written_text_must_be_judged_0_whatever_drop_at_says(data, server):
     assert outcomes(counts)["written rejected: judged relevant"] > 0
 
 
-@pytest.mark.parametrize("share, most", [(0, 0), (0.1, 1), (0.5, 6)])
-def test_written_text_is_at_most_its_share(data, server, share, most):
-    server.reply = lambda kind, text: (random.Random(len(server.seen)).choice(SENTENCES) + " " + text) if kind == "written" else text
-    records, _ = generate(data, server, "--mode", "write", "--max-written", share, "--max-drift", 1, "--concurrency", 1)
-    written = [sum(p["source"] == "written" for p in r["negative_passages"]) for r in records]
-    assert max(written) <= most and (most == 0 or max(written) > 0)
-    assert all(p["title"] == r["positive_passages"][0]["title"] for r in records for p in r["negative_passages"] if p["source"] == "written")
+@pytest.mark.parametrize("target, most", [(1, 0), (3, 1), (12, 6)])
+def test_at_most_half_is_written(data, server, target, most):
+    def reply(kind, text):
+        if kind != "written":
+            return text
+        return random.Random(len(server.seen)).choice(SENTENCES) + " " + text
+
+    server.reply = reply
+    records, _ = generate(
+        data, server, "--mode", "write", "--max-drift", 1, "--concurrency", 1, target=target
+    )
+    written = [[p for p in r["negative_passages"] if p["source"] == "written"] for r in records]
+    assert max(map(len, written)) <= most and (most == 0 or any(written))
+    for record, passages in zip(records, written):
+        assert {p["title"] for p in passages} <= {record["positive_passages"][0]["title"]}
 
 
 SENTENCES = [p["text"] for lang in LANGS for p in read(ROOT / f"sample/data/corpus/{lang}.jsonl")]
@@ -198,20 +264,30 @@ SENTENCES = [p["text"] for lang in LANGS for p in read(ROOT / f"sample/data/corp
 
 # --------------------------------------------------------------------------- guards
 
+
 @pytest.mark.parametrize("mode", ["retrieve", "write"])
 @pytest.mark.parametrize("reason", ["gibberish", "language", "repeats", "refused", "empty", "loop"])
 def test_a_model_that_drifts_changes_no_record_and_the_exit_says_so(data, server, mode, reason):
     def reply(kind, text):
         body = server.seen[-1]["messages"][-1]["content"]
         passage = json.loads(body.rsplit(": ", 1)[1])
-        return {"judge": text}.get(kind) or {"gibberish": GIBBERISH, "language": ENGLISH, "repeats": passage, "empty": " ",
-                                              "refused": "I'm sorry, but I can't help with that.", "loop": passage.split()[0] * 40}[reason]
+        return {"judge": text}.get(kind) or {
+            "gibberish": GIBBERISH,
+            "language": ENGLISH,
+            "repeats": passage,
+            "empty": " ",
+            "refused": "I'm sorry, but I can't help with that.",
+            "loop": passage.split()[0] * 40,
+        }[reason]
+
     server.reply = reply
     with pytest.raises(load_stage("03_generate_negatives").DataError) as error:
         generate(data, server, "--mode", mode, "--concurrency", 1)
     said = str(error.value)
     assert "the guards rejected" in said and "--max-drift" in said and "nothing was written" in said
-    wanted = {"gibberish": "language|gibberish", "repeats": "repeats", "loop": "gibberish|language"}.get(reason, reason)
+    wanted = {"gibberish": "language|gibberish", "repeats": "repeats", "loop": "gibberish|language"}.get(
+        reason, reason
+    )
     assert any(f"rejected: {w}" in said for w in wanted.split("|"))
     assert not (data / "out.jsonl").exists()
 
@@ -227,6 +303,7 @@ def test_rejected_answers_are_asked_again_with_another_seed_and_counted(data, se
         tried[prompt] += 1
         kinds[kind] += tried[prompt] == 1
         return ENGLISH if tried[prompt] == 1 else text
+
     server.reply = reply
     records, counts = generate(data, server, "--concurrency", 1)
     check(records, 12)
@@ -237,16 +314,25 @@ def test_rejected_answers_are_asked_again_with_another_seed_and_counted(data, se
     assert len(prompts) == len(set(prompts))
 
 
-@pytest.mark.parametrize("text, reason", [
-    ("Mji wa Nairobi uko nchini Kenya na una watu wengi wanaofanya biashara.", None),
-    ("Nairobi is a city in Kenya with many people who trade there every day.", "language"),
-    (GIBBERISH, "language|gibberish"), ("na na na na na na na na na na na na na na na", "gibberish"),
-    ("I cannot help with this.", "refused"), ("Mji.", "length"), ("Mji mkubwa wa Kenya " * 90, "gibberish|length")])
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("Mji wa Nairobi uko nchini Kenya na una watu wengi wanaofanya biashara.", None),
+        ("Nairobi is a city in Kenya with many people who trade there every day.", "language"),
+        (GIBBERISH, "language|gibberish"),
+        ("na na na na na na na na na na na na na na na", "gibberish"),
+        ("I cannot help with this.", "refused"),
+        ("Mji.", "length"),
+        ("Mji mkubwa wa Kenya " * 90, "gibberish|length"),
+    ],
+)
 def test_guards(data, text, reason):
     stage = load_stage("03_generate_negatives")
-    guard = stage.Guard(data / "data", "sw", ["Mji mkuu wa Kenya ni upi?", "Watu wa Nairobi wanafanya biashara gani?"])
+    guard = stage.Guard(
+        data / "data", "sw", ["Mji mkuu wa Kenya ni upi?", "Watu wa Nairobi wanafanya biashara gani?"]
+    )
     assert guard.reason(text, "written") in (reason.split("|") if reason else [None])
-    assert reason or guard.reason(text, "written", [("a positive", text + " Tena.")]) == "repeats a positive"
+    assert reason or guard.reason(text, "written", [text + " Tena."]) == "repeats"
 
 
 def test_passages_of_people_pass_the_guards(data):
@@ -254,17 +340,22 @@ def test_passages_of_people_pass_the_guards(data):
     for lang in LANGS:
         questions = [r["query"] for r in read(data / "in.jsonl") if r["lang"] == lang]
         guard = stage.Guard(data / "data", lang, questions)
-        assert all(guard.reason(p["text"], "written") is None for p in read(data / f"data/corpus/{lang}.jsonl"))
+        assert all(
+            guard.reason(p["text"], "written") is None for p in read(data / f"data/corpus/{lang}.jsonl")
+        )
         assert all(guard.reason(q, "query") is None for q in questions)
 
 
-def test_resemblance_is_the_share_of_common_runs():
+def test_repeating_is_sharing_most_runs_of_five_letters():
     stage = load_stage("03_generate_negatives")
-    assert stage.resemblance("Nairobi ni mji", "nairobi  NI mji") == 1
-    assert stage.resemblance("abcdefgh", "abcdefxy") == pytest.approx(2 / 6)  # abcde bcdef | cdefg defgh | cdefx defxy
+    assert stage.repeats("Nairobi ni mji", ["x", "nairobi  NI mji"])
+    assert not stage.repeats("Nairobi ni mji", ["Nairobi ni jina", ""]) and not stage.repeats("Nairobi", [])
+    # abcde bcdef cdefg defgh | efghi: 4 of 5 in common is enough, 4 of 6 is not
+    assert stage.repeats("abcdefgh", ["abcdefghi"]) and not stage.repeats("abcdefgh", ["abcdefghij"])
 
 
 # --------------------------------------------------------------------------- bad input, cache, cost
+
 
 def test_a_target_larger_than_the_corpus_is_an_error(data, server):
     with pytest.raises(load_stage("03_generate_negatives").DataError, match="cannot give 500 negatives"):
@@ -273,11 +364,16 @@ def test_a_target_larger_than_the_corpus_is_an_error(data, server):
 
 
 def test_bad_input_is_one_line_and_exit_2(data, server):
-    for record, flags, said in (({"positive_passages": []}, (), "positive_passages"), ({}, ("--mode", "write", "--no-judge-new"), "--no-judge-new"),
-                                ({}, ("--max-drift", "2"), "share from 0 to 1")):
+    for record, flags, said in (
+        ({"positive_passages": []}, (), "positive_passages"),
+        ({}, ("--mode", "write", "--no-judge-new"), "--no-judge-new"),
+        ({}, ("--max-drift", "2"), "number from 0 to 1"),
+    ):
         write(data / "bad.jsonl", [read(data / "in.jsonl")[0] | record])
         done = run_stage("03_generate_negatives.py", *arguments(data, server, *flags, source="bad.jsonl"))
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and said in done.stderr, done.stderr
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and said in done.stderr, (
+            done.stderr
+        )
     assert server.seen == [] and not (data / "out.jsonl").exists()
 
 
@@ -294,7 +390,11 @@ def test_a_dry_run_tells_the_calls_and_makes_nothing(data, server, capsys):
     load_stage("03_generate_negatives").main(arguments(data, server, "--dry-run"))
     text = capsys.readouterr().out
     n = len(read(data / "in.jsonl"))
-    assert text.startswith(f"{n} short queries: {n * 14} to ") and server.seen == [] and not (data / "out.jsonl").exists()
+    assert (
+        text.startswith(f"{n} short queries: {n * 14} to ")
+        and server.seen == []
+        and not (data / "out.jsonl").exists()
+    )
     generate(data, server)
     assert n * 14 <= len(server.seen) <= int(text.split(" to ")[1].split()[0])
 
@@ -302,23 +402,36 @@ def test_a_dry_run_tells_the_calls_and_makes_nothing(data, server, capsys):
 def test_the_summary_gives_similarities_by_language_and_source(data, server, tmp_path):
     """Against a slow computation with the same encoder (here a small random Llama, mean pooled)."""
     import numpy as np
+
+    from search import Ensemble
+
     encoder = tiny_lm.make(tmp_path / "encoder", SENTENCES, steps=0)
     records, counts = generate(data, server, "--retrievers", "bm25", encoder, "--fusion", "rrf")
     stage = load_stage("03_generate_negatives")
-    encode = stage.Ensemble([str(encoder)], data / "data", data / "cache").encoders["encoder"].encode
+    encode = Ensemble([str(encoder)], data / "data", data / "cache").encoders["encoder"].encode
     for lang in LANGS:
-        rows = [(r, p) for r in records if r["lang"] == lang for p in r["negative_passages"] if p["source"] == "generated-query"]
+        rows = [
+            (r, p)
+            for r in records
+            if r["lang"] == lang
+            for p in r["negative_passages"]
+            if p["source"] == "generated-query"
+        ]
         row = counts["by_lang"][lang]["cosines"]["generated-query"]
         negatives = encode([stage.passage_text(p) for _, p in rows], "passage")
-        for key, kind, text in (("query", "query", lambda r: r["query"]), ("positive", "passage", lambda r: stage.passage_text(r["positive_passages"][0]))):
+        for key, kind, text in (
+            ("query", "query", lambda r: r["query"]),
+            ("positive", "passage", lambda r: stage.passage_text(r["positive_passages"][0])),
+        ):
             slow = np.mean([a @ b for a, b in zip(encode([text(r) for r, _ in rows], kind), negatives)])
             assert row["n"] == min(50, len(rows)) and row[key] == pytest.approx(slow, abs=0.05)
 
 
 # --------------------------------------------------------------------------- kills
 
+
 def test_ten_kills_change_no_byte_and_no_answer_is_asked_twice(data, server):
-    """The server kills the stage while it waits for an answer, ten times; all answers given before are in the cache."""
+    """The server kills the stage while it waits for an answer, ten times; earlier answers are cached."""
     whole, _ = generate(data, server, out="whole.jsonl", cache="cache-whole")
     moments = sorted(random.Random(5).sample(range(1, len(server.seen)), 10))
     server.seen.clear()
@@ -328,10 +441,15 @@ def test_ten_kills_change_no_byte_and_no_answer_is_asked_twice(data, server):
         if moments and len(server.seen) - killed - 1 == moments[0] - 1:
             moments.pop(0)
             process.kill()
+
     killed, server.before = 0, before
     while True:
-        process = subprocess.Popen([sys.executable, ROOT / "03_generate_negatives.py", *arguments(data, server, "--concurrency", 1)],
-                                   env=os.environ | {"NO_PROXY": "127.0.0.1"}, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "03_generate_negatives.py", *arguments(data, server, "--concurrency", 1)],
+            env=os.environ | {"NO_PROXY": "127.0.0.1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         _, said = process.communicate()
         if process.returncode == 0:
             break

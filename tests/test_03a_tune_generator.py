@@ -1,4 +1,5 @@
-"""Stage 03a: instructions, translation over a real socket, LoRA on a small causal LM made on the spot, and serving it."""
+"""Stage 03a: instructions, translation over a real socket, LoRA on a small causal LM, and serving it."""
+
 import json
 import os
 import random
@@ -14,8 +15,16 @@ import tiny_lm
 from conftest import ROOT, load_stage, run_stage
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-PLACES = [("Accra", "Ghana"), ("Lagos", "Nigeria"), ("Kigali", "Rwanda"), ("Lusaka", "Zambia"), ("Harare", "Zimbabwe"),
-          ("Maputo", "Angola"), ("Tunis", "Tunisia"), ("Dakar", "Senegal")]
+PLACES = [
+    ("Accra", "Ghana"),
+    ("Lagos", "Nigeria"),
+    ("Kigali", "Rwanda"),
+    ("Lusaka", "Zambia"),
+    ("Harare", "Zimbabwe"),
+    ("Maputo", "Angola"),
+    ("Tunis", "Tunisia"),
+    ("Dakar", "Senegal"),
+]
 
 
 def read(path):
@@ -32,17 +41,47 @@ def generator_chats(n=48):
     for _ in range(n):
         name, country = draw.choice(PLACES)[0], draw.choice(PLACES)[1]
         summary, question = f"{name} is a town in {country}.", f"Where is the town of {name}?"
-        data = stage.labelled(Question=f"Where does {name} lie?", Passage=f"{name}\n{town(name, country, draw.randrange(100, 1000))}")
-        for system, user, answer in ((stage.SUMMARISE, data, summary), (stage.ASK, stage.labelled(Summary=summary), question)):
-            chats.append({"lang": "en", "messages": [{"role": "system", "content": system.format(language="English")},
-                                                     {"role": "user", "content": f"Language: English\n{user}"},
-                                                     {"role": "assistant", "content": answer}]})
+        data = stage.labelled(
+            Question=f"Where does {name} lie?",
+            Passage=f"{name}\n{town(name, country, draw.randrange(100, 1000))}",
+        )
+        for system, user, answer in (
+            (stage.SUMMARISE, data, summary),
+            (stage.ASK, stage.labelled(Summary=summary), question),
+        ):
+            chats.append(
+                {
+                    "lang": "en",
+                    "messages": [
+                        {"role": "system", "content": system.format(language="English")},
+                        {"role": "user", "content": f"Language: English\n{user}"},
+                        {"role": "assistant", "content": answer},
+                    ],
+                }
+            )
     return chats
 
 
 def tune(top, out, *args, **env):
-    return run_stage("03a_tune_generator.py", "--base", top / "base", "--instructions", top / "chats.jsonl", "--device", "cpu",
-                     "--lr", 1e-2, "--epochs", 6, "--dev-share", 0.1, "--out", top / out, *args, env=ONE_THREAD | env)
+    return run_stage(
+        "03a_tune_generator.py",
+        "--base",
+        top / "base",
+        "--instructions",
+        top / "chats.jsonl",
+        "--device",
+        "cpu",
+        "--lr",
+        1e-2,
+        "--epochs",
+        6,
+        "--dev-share",
+        0.1,
+        "--out",
+        top / out,
+        *args,
+        env=ONE_THREAD | env,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +96,7 @@ def top(tmp_path_factory):
 
 
 def test_the_loss_on_held_out_instructions_falls(top):
-    losses = [row["dev_loss"] for row in read(top / "adapter.log.jsonl") if "dev_loss" in row]
+    losses = [row["eval_loss"] for row in read(top / "adapter.log.jsonl") if "eval_loss" in row]
     print("held-out loss:", losses)
     assert len(losses) == 7 and losses[-1] < 0.4 * losses[0]
 
@@ -66,9 +105,14 @@ def test_the_merged_folder_answers_like_the_adapter(top):
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(top / "adapter/merged")
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt",
-                                        return_dict=True)["input_ids"]
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hello"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )["input_ids"]
     base = AutoModelForCausalLM.from_pretrained(top / "base").eval()
     plain = base(ids).logits
     merged = AutoModelForCausalLM.from_pretrained(top / "adapter/merged").eval()(ids).logits
@@ -77,29 +121,132 @@ def test_the_merged_folder_answers_like_the_adapter(top):
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(top):
-    command = [sys.executable, ROOT / "03a_tune_generator.py", "--base", top / "base", "--instructions", top / "chats.jsonl",
-               "--device", "cpu", "--lr", "0.01", "--epochs", "6", "--dev-share", "0.1", "--out", top / "again", "--save-every", "1"]
-    process = subprocess.Popen(list(map(str, command)), env=os.environ | ONE_THREAD, stderr=subprocess.DEVNULL)
-    checkpoint = top / "again.checkpoint/last.pt"
-    while not checkpoint.exists() and process.poll() is None:
-        time.sleep(0.05)
-    time.sleep(0.5)
+    command = [
+        sys.executable,
+        ROOT / "03a_tune_generator.py",
+        "--base",
+        top / "base",
+        "--instructions",
+        top / "chats.jsonl",
+        "--device",
+        "cpu",
+        "--lr",
+        "0.01",
+        "--epochs",
+        "6",
+        "--dev-share",
+        "0.1",
+        "--out",
+        top / "again",
+        "--save-every",
+        "3",
+    ]
+    process = subprocess.Popen(
+        list(map(str, command)), env=os.environ | ONE_THREAD, stderr=subprocess.DEVNULL
+    )
+    checkpoints = top / "again.checkpoint"
+    while not list(checkpoints.glob("*/checkpoint-3/trainer_state.json")) and process.poll() is None:
+        time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert checkpoint.exists() and not (top / "again").exists()
+    assert checkpoints.exists() and not (top / "again").exists()
+    newest = max(checkpoints.glob("*/checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    unfinished = newest.with_name("checkpoint-99")  # as a kill leaves one that was being written
+    unfinished.mkdir()
     done = tune(top, "again")
-    assert done.returncode == 0 and "going on from step" in done.stderr
+    assert done.returncode == 0 and "going on from" in done.stderr and "checkpoint-99" not in done.stderr
+    assert not checkpoints.exists()
     name = "adapter_model.safetensors"
     assert (top / "again" / name).read_bytes() == (top / "adapter" / name).read_bytes()
 
 
+def test_flags_change_the_weights(top, capsys):
+    stage = load_stage("03a_tune_generator")
+
+    def weights(*flags):
+        out = top / ("flags" + "".join(flags))
+        stage.main(
+            [
+                "--base",
+                str(top / "base"),
+                "--instructions",
+                str(top / "chats.jsonl"),
+                "--device",
+                "cpu",
+                "--limit",
+                "20",
+                "--epochs",
+                "2",
+                "--dev-share",
+                "0",
+                "--out",
+                str(out),
+                *flags,
+            ]
+        )
+        return (out / "adapter_model.safetensors").read_bytes()
+
+    # a checkpoint of other settings, which no run may take
+    (top / "flags.checkpoint/0123/checkpoint-9").mkdir(parents=True)
+    (top / "flags.checkpoint/0123/checkpoint-9/trainer_state.json").write_text("{}")
+    usual = weights()
+    for flags in (
+        ["--lr", "1e-2"],
+        ["--seed", "5"],
+        ["--rank", "4"],
+        ["--epochs", "1"],
+        ["--batch-size", "2"],
+        ["--accumulation", "2"],
+        ["--max-len", "109"],
+        ["--warmup", "0"],
+        ["--dev-share", "0.2"],
+    ):
+        assert weights(*flags) != usual, flags
+    assert capsys.readouterr().out == ""  # Trainer's log goes to stderr
+
+
+def test_a_device_that_is_not_there_is_one_line_and_exit_2(top):
+    done = tune(top, "nowhere", "--device", "cuda", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2 and "--device cuda" in done.stderr.splitlines()[-1]
+    assert not list(top.glob("nowhere*"))
+
+
 def test_two_processes_make_the_steps_of_one(top):
     from safetensors.numpy import load_file
-    args = ["--base", top / "base", "--instructions", top / "chats.jsonl", "--device", "cpu", "--epochs", 1, "--lr", 1e-3, "--dev-share", 0, "--limit", 24]
+
+    args = [
+        "--base",
+        top / "base",
+        "--instructions",
+        top / "chats.jsonl",
+        "--device",
+        "cpu",
+        "--epochs",
+        1,
+        "--lr",
+        1e-3,
+        "--dev-share",
+        0,
+        "--warmup",
+        0,
+        "--limit",
+        32,
+    ]
     load_stage("03a_tune_generator").main([*map(str, args), "--out", str(top / "one")])
-    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                          *map(str, [ROOT / "03a_tune_generator.py", *args, "--out", top / "two"])],
-                         env=os.environ | ONE_THREAD, capture_output=True, text=True)
+    two = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            *map(str, [ROOT / "03a_tune_generator.py", *args, "--out", top / "two"]),
+        ],
+        env=os.environ | ONE_THREAD,
+        capture_output=True,
+        text=True,
+    )
     assert two.returncode == 0, two.stderr[-2000:]
     first, second = (load_file(top / out / "adapter_model.safetensors") for out in ("one", "two"))
     assert set(first) == set(second)
@@ -112,10 +259,20 @@ def test_stage_03_runs_against_the_merged_model_in_transformers_serve(top, tmp_p
     (tmp_path / "data/corpus").mkdir(parents=True)
     draw, passages = random.Random(3), []
     for i, (name, country) in enumerate([(n, c) for n, _ in PLACES for _, c in PLACES]):
-        passages.append({"docid": f"{i}#0", "title": name, "text": town(name, country, draw.randrange(100, 1000))})
+        passages.append(
+            {"docid": f"{i}#0", "title": name, "text": town(name, country, draw.randrange(100, 1000))}
+        )
     (tmp_path / "data/corpus/en.jsonl").write_text("".join(json.dumps(p) + "\n" for p in passages), "utf-8")
-    records = [{"query_id": str(i), "lang": "en", "query": f"Where does {passages[9 * i]['title']} lie?",
-                "positive_passages": [passages[9 * i]], "negative_passages": []} for i in range(4)]
+    records = [
+        {
+            "query_id": str(i),
+            "lang": "en",
+            "query": f"Where does {passages[9 * i]['title']} lie?",
+            "positive_passages": [passages[9 * i]],
+            "negative_passages": [],
+        }
+        for i in range(4)
+    ]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), "utf-8")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -123,15 +280,52 @@ def test_stage_03_runs_against_the_merged_model_in_transformers_serve(top, tmp_p
     model, log = top / "adapter/merged", open(tmp_path / "serve.log", "w")
     home = tmp_path / "hub"
     (home / "hub").mkdir(parents=True)  # /v1/models fails where the hub cache is missing
-    server = subprocess.Popen([sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve", str(model), "--device", "cpu",
-                               "--dtype", "float32", "--port", str(port)],
-                              env=os.environ | ONE_THREAD | {"HF_HOME": str(home)}, stdout=log, stderr=log)
+    server = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "from transformers.cli.transformers import main; main()",
+            "serve",
+            str(model),
+            "--device",
+            "cpu",
+            "--dtype",
+            "float32",
+            "--port",
+            str(port),
+        ],
+        env=os.environ | ONE_THREAD | {"HF_HOME": str(home)},
+        stdout=log,
+        stderr=log,
+    )
     try:
         if not wait_for(f"http://127.0.0.1:{port}/health", server):
-            pytest.skip("`transformers serve` does not start here: " + (tmp_path / "serve.log").read_text()[-300:])
-        done = run_stage("03_generate_negatives.py", "--input", tmp_path / "in.jsonl", "--data", tmp_path / "data", "--retrievers", "bm25",
-                         "--llm", model, "--base-url", f"http://127.0.0.1:{port}/v1", "--no-judge-new", "--target", 8, "--cache",
-                         tmp_path / "cache", "--concurrency", 2, "--out", tmp_path / "out.jsonl", env={"NO_PROXY": "127.0.0.1"})
+            pytest.skip(
+                "`transformers serve` does not start here: " + (tmp_path / "serve.log").read_text()[-300:]
+            )
+        done = run_stage(
+            "03_generate_negatives.py",
+            "--input",
+            tmp_path / "in.jsonl",
+            "--data",
+            tmp_path / "data",
+            "--retrievers",
+            "bm25",
+            "--llm",
+            model,
+            "--base-url",
+            f"http://127.0.0.1:{port}/v1",
+            "--no-judge-new",
+            "--target",
+            8,
+            "--cache",
+            tmp_path / "cache",
+            "--concurrency",
+            2,
+            "--out",
+            tmp_path / "out.jsonl",
+            env={"NO_PROXY": "127.0.0.1"},
+        )
     finally:
         server.terminate()
         server.wait(30)
@@ -139,7 +333,9 @@ def test_stage_03_runs_against_the_merged_model_in_transformers_serve(top, tmp_p
     print(done.stderr)
     for record in read(tmp_path / "out.jsonl"):
         assert len(record["negative_passages"]) == 8
-        assert " is a town in" in record["summary"] and record["generated_query"].startswith("Where is the town")
+        assert " is a town in" in record["summary"] and record["generated_query"].startswith(
+            "Where is the town"
+        )
         assert {p["source"] for p in record["negative_passages"]} == {"generated-query"}
 
 
@@ -157,26 +353,44 @@ def wait_for(url, server, seconds=60):
 
 # --------------------------------------------------------------------------- instructions
 
+
 def parse(*args):
     stage = load_stage("03a_tune_generator")
     return stage, stage.build_parser().parse_args([*map(str, args), "--out", "x"])
 
 
 def test_of_alpaca_only_summarisation_instructions_with_an_input_are_taken(tmp_path):
-    records = [{"instruction": "Summarize this.", "input": "一二三", "output": "一"}, {"instruction": "Summarize War and Peace.", "input": "", "output": "x"},
-               {"instruction": "Name a colour.", "input": "red", "output": "red"}, {"instruction": "Give the main idea.", "input": "a", "output": "b"}]
-    for path, text in ((tmp_path / "a.json", json.dumps(records)), (tmp_path / "a.jsonl", "\n".join(map(json.dumps, records)))):
+    records = [
+        {"instruction": "Summarize this.", "input": "一二三", "output": "一"},
+        {"instruction": "Summarize War and Peace.", "input": "", "output": "x"},
+        {"instruction": "Name a colour.", "input": "red", "output": "red"},
+        {"instruction": "Give the main idea.", "input": "a", "output": "b"},
+    ]
+    for path, text in (
+        (tmp_path / "a.json", json.dumps(records)),
+        (tmp_path / "a.jsonl", "\n".join(map(json.dumps, records))),
+    ):
         path.write_text(text, "utf-8")
         stage, args = parse("--instructions", path)
-        assert [c["messages"][0]["content"] for c in stage.read_instructions(args)] == ["Summarize this.\n\n一二三", "Give the main idea.\n\na"]
+        assert [c["messages"][0]["content"] for c in stage.read_instructions(args)] == [
+            "Summarize this.\n\n一二三",
+            "Give the main idea.\n\na",
+        ]
         stage, args = parse("--instructions", path, "--samples", 1)
         assert len(stage.read_instructions(args)) == 1
 
 
-@pytest.mark.parametrize("line, said", [('{"messages": [{"role": "user", "content": "x"}]}', "end with an answer"),
-                                        ('{"messages": "x"}', "end with an answer"), ('{"text": "x"}', "neither chat"),
-                                        ('{"instruction": "Sum up", "input": 3, "output": "x"}', "neither chat"), ("[]", "want an object"),
-                                        ('{"instruction": "Say", "input": "x", "output": "x"}', "no summarisation")])
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ('{"messages": [{"role": "user", "content": "x"}]}', "end with an answer"),
+        ('{"messages": "x"}', "end with an answer"),
+        ('{"text": "x"}', "neither chat"),
+        ('{"instruction": "Sum up", "input": 3, "output": "x"}', "neither chat"),
+        ("[]", "want an object"),
+        ('{"instruction": "Say", "input": "x", "output": "x"}', "no summarisation"),
+    ],
+)
 def test_bad_instructions_are_one_line_and_exit_2(tmp_path, capsys, line, said):
     (tmp_path / "bad.jsonl").write_text(line + "\n", "utf-8")
     stage, args = parse("--instructions", tmp_path / "bad.jsonl")
@@ -185,45 +399,80 @@ def test_bad_instructions_are_one_line_and_exit_2(tmp_path, capsys, line, said):
 
 
 def test_the_loss_is_on_the_answer_only(tmp_path):
-    """The labels are the answer and its end, in a model with a chat template of its own and in one without."""
+    """The labels are the answer and its end, with the model's own chat template and without one."""
+    import torch
     from transformers import AutoTokenizer
+
     stage = load_stage("03a_tune_generator")
     chat = {"lang": "en", "messages": stage.chat("Summarize.", "Accra is big.", "Big.")}
-    tokenizer = AutoTokenizer.from_pretrained(tiny_lm.make(tmp_path / "lm", ["Accra is big. Summarize."], steps=0))
+    tokenizer = AutoTokenizer.from_pretrained(
+        tiny_lm.make(tmp_path / "lm", ["Accra is big. Summarize."], steps=0)
+    )
     for template in (stage.CHAT_TEMPLATE, tiny_lm.CHAT_TEMPLATE):
         tokenizer.chat_template = template
-        examples, _ = stage.tokenize([chat, chat], tokenizer, 2048)
-        ids, mask, labels = stage.collate([examples[0], (examples[1][0] + [5], examples[1][1])], "cpu")
-        kept = labels[0][labels[0] != -100].tolist()
-        assert tokenizer.decode(kept).strip() == "Big.<end>"
-        assert ids[0][labels[0] != -100].tolist() == kept and mask[0].tolist() == [1] * len(examples[0][0]) + [0]
-        short, n_cut = stage.tokenize([chat], tokenizer, len(examples[0][0]) - 1)
-        assert n_cut == 0 and len(short[0][0]) == len(examples[0][0]) - 1
-        assert stage.tokenize([chat], tokenizer, examples[0][1]) == ([], 1)
+        examples = stage.tokenize([chat, chat], tokenizer, 2048)
+        ids, labels = (torch.tensor(examples[0][key]) for key in ("input_ids", "labels"))
+        assert tokenizer.decode(labels[labels != -100]).strip() == "Big.<end>"
+        assert torch.equal(ids[labels != -100], labels[labels != -100])
+        short = stage.tokenize([chat], tokenizer, len(ids) - 1)
+        assert len(short[0]["labels"]) == len(short[0]["input_ids"]) == len(ids) - 1
+        assert stage.tokenize([chat], tokenizer, examples[0]["labels"].count(-100)) == []
 
 
 # --------------------------------------------------------------------------- translation
 
+
 def test_translation_is_checked_cached_and_resumed(tmp_path, httpserver):
     """A server that first answers Swahili requests in English: asked again; a second run asks nothing."""
     from werkzeug import Response
+
     asked = []
 
     def answer(request):
         body = request.get_json()
         asked.append(body)
         text = json.loads(body["messages"][1]["content"].split("Text: ", 1)[1])
-        if "swahili" in body["messages"][0]["content"].lower() and body["temperature"] == 0 and "\n\n" in text:
+        if (
+            "swahili" in body["messages"][0]["content"].lower()
+            and body["temperature"] == 0
+            and "\n\n" in text
+        ):
             reply = "This is not a translation, it is still in the English language."
         else:
-            reply = {"Telugu": "ఈ వచనం యొక్క సారాంశం రాయండి"}.get(body["messages"][1]["content"].split("\n")[0][10:], "Fupisha maandishi haya kwa sentensi moja tafadhali")
-        return Response(json.dumps({"choices": [{"message": {"role": "assistant", "content": reply}, "finish_reason": "stop"}],
-                                    "usage": {"prompt_tokens": 1, "completion_tokens": 1}}), content_type="application/json")
+            reply = {"Telugu": "ఈ వచనం యొక్క సారాంశం రాయండి"}.get(
+                body["messages"][1]["content"].split("\n")[0][10:],
+                "Fupisha maandishi haya kwa sentensi moja tafadhali",
+            )
+        return Response(
+            json.dumps(
+                {
+                    "choices": [
+                        {"message": {"role": "assistant", "content": reply}, "finish_reason": "stop"}
+                    ],
+                    "usage": {"prompt_tokens": 1, "completion_tokens": 1},
+                }
+            ),
+            content_type="application/json",
+        )
 
     httpserver.expect_request("/v1/chat/completions").respond_with_handler(answer)
     tiny_lm.write_instructions(tmp_path / "alpaca.jsonl", 3)
-    args = ["--instructions", str(tmp_path / "alpaca.jsonl"), "--translate", "sw", "te", "en", "--llm", "m", "--base-url",
-            httpserver.url_for("/v1"), "--cache", str(tmp_path / "cache"), "--concurrency", "1"]
+    args = [
+        "--instructions",
+        str(tmp_path / "alpaca.jsonl"),
+        "--translate",
+        "sw",
+        "te",
+        "en",
+        "--llm",
+        "m",
+        "--base-url",
+        httpserver.url_for("/v1"),
+        "--cache",
+        str(tmp_path / "cache"),
+        "--concurrency",
+        "1",
+    ]
     stage = load_stage("03a_tune_generator")
     stage.main([*args, "--out", str(tmp_path / "mift.jsonl")])
     out = read(tmp_path / "mift.jsonl")
@@ -233,15 +482,37 @@ def test_translation_is_checked_cached_and_resumed(tmp_path, httpserver):
     assert counts["sw"] == {"another language": 3, "translated": 3, "lost": 0}
     n_asked = len(asked)
     stage.main([*args, "--out", str(tmp_path / "again.jsonl")])
-    assert len(asked) == n_asked and (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "mift.jsonl").read_bytes()
+    assert (
+        len(asked) == n_asked
+        and (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "mift.jsonl").read_bytes()
+    )
 
 
 def test_a_translator_that_answers_in_english_is_an_error(tmp_path, httpserver):
     httpserver.expect_request("/v1/chat/completions").respond_with_json(
-        {"choices": [{"message": {"content": "I am afraid that this stays in English."}, "finish_reason": "stop"}]})
+        {
+            "choices": [
+                {"message": {"content": "I am afraid that this stays in English."}, "finish_reason": "stop"}
+            ]
+        }
+    )
     tiny_lm.write_instructions(tmp_path / "alpaca.jsonl", 2)
     stage = load_stage("03a_tune_generator")
     with pytest.raises(stage.DataError, match="sw: 2 of 2 samples"):
-        stage.main(["--instructions", str(tmp_path / "alpaca.jsonl"), "--translate", "sw", "--llm", "m", "--base-url",
-                    httpserver.url_for("/v1"), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "mift.jsonl")])
+        stage.main(
+            [
+                "--instructions",
+                str(tmp_path / "alpaca.jsonl"),
+                "--translate",
+                "sw",
+                "--llm",
+                "m",
+                "--base-url",
+                httpserver.url_for("/v1"),
+                "--cache",
+                str(tmp_path / "cache"),
+                "--out",
+                str(tmp_path / "mift.jsonl"),
+            ]
+        )
     assert not (tmp_path / "mift.jsonl").exists()

@@ -1,32 +1,60 @@
 """06_eval.py: the written runs are the truth - trec_eval, ir_measures and a brute-force search agree with them."""
+
 import json
 import math
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import load_stage
 
-SUBJECTS = {"th": ["สิงโต", "ช้าง", "กาแฟ", "ดอยอินทนนท์", "ทะเลสาบสงขลา", "กรุงเทพมหานคร 🌊"],
-            "sw": ["Simba", "Tembo", "Kahawa", "Mlima Kenya", "Ziwa Viktoria", "Nairobi"]}
+SUBJECTS = {
+    "th": ["สิงโต", "ช้าง", "กาแฟ", "ดอยอินทนนท์", "ทะเลสาบสงขลา", "กรุงเทพมหานคร 🌊"],
+    "sw": ["Simba", "Tembo", "Kahawa", "Mlima Kenya", "Ziwa Viktoria", "Nairobi"],
+}
 
 
 def write(path, lines):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
+    path.write_text(
+        "".join(
+            line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) + "\n" for line in lines
+        ),
+        "utf-8",
+    )
 
 
 def collection(data):
     """150 passages a language, each text there five times (ties to the last bit); queries 5 and 6 have no relevant one."""
     dev = []
     for lang, subjects in SUBJECTS.items():
-        passages = [{"docid": f"{i % 7}#{i}", "title": subjects[i % 30 % 6], "text": f"{subjects[i % 30 % 5]} {subjects[i % 30 % 3]} {i % 30}"}
-                    for i in range(150)]
+        passages = [
+            {
+                "docid": f"{i % 7}#{i}",
+                "title": subjects[i % 30 % 6],
+                "text": f"{subjects[i % 30 % 5]} {subjects[i % 30 % 3]} {i % 30}",
+            }
+            for i in range(150)
+        ]
         write(data / f"corpus/{lang}.jsonl", passages)
-        write(data / f"qrels/dev/{lang}.tsv", [f"{q}\t0\t{passages[i]['docid']}\t{int(q < 5 and i % 4 > 0)}\n"
-                                               for q in range(6) for i in range(q, 150, 6 + q)])
-        dev += [{"query_id": str(q), "lang": lang, "query": f"{subjects[q]} {subjects[q - 1]}", "positive_passages": passages[:1]}
-                for q in range(6)]
+        write(
+            data / f"qrels/dev/{lang}.tsv",
+            [
+                f"{q}\t0\t{passages[i]['docid']}\t{int(q < 5 and i % 4 > 0)}\n"
+                for q in range(6)
+                for i in range(q, 150, 6 + q)
+            ],
+        )
+        dev += [
+            {
+                "query_id": str(q),
+                "lang": lang,
+                "query": f"{subjects[q]} {subjects[q - 1]}",
+                "positive_passages": passages[:1],
+            }
+            for q in range(6)
+        ]
     write(data / "dev.jsonl", dev)
     write(data / "train.jsonl", [r | {"negative_passages": []} for r in dev if r["lang"] == "sw"])
 
@@ -43,14 +71,44 @@ def made(tmp_path_factory, stage):
     collection(top / "data")
     encoder = load_stage("sample/make_encoder")
     for name, seed in (("a", 1), ("b", 2)):
-        encoder.main(["--data", str(top / "data"), "--out", str(top / name), "--vocab", "600", "--width", "32", "--steps", "0",
-                      "--seed", str(seed)])
+        encoder.main(
+            [
+                "--data",
+                str(top / "data"),
+                "--out",
+                str(top / name),
+                "--vocab",
+                "600",
+                "--width",
+                "32",
+                "--steps",
+                "0",
+                "--seed",
+                str(seed),
+            ]
+        )
     evaluate(stage, top, top / "eval", "bm25", top / "a", top / "b", "--baseline", top / "a")
     return top
 
 
 def evaluate(stage, top, out, *models_and_flags):
-    stage.main([str(a) for a in ("--data", top / "data", "--cache", top / "cache", "--out", out, "--device", "cpu", "--models", *models_and_flags)])
+    stage.main(
+        [
+            str(a)
+            for a in (
+                "--data",
+                top / "data",
+                "--cache",
+                top / "cache",
+                "--out",
+                out,
+                "--device",
+                "cpu",
+                "--models",
+                *models_and_flags,
+            )
+        ]
+    )
     return json.loads((out / "metrics.json").read_text("utf-8"))
 
 
@@ -60,6 +118,7 @@ def lines_of(path):
 
 def test_metrics_are_trec_evals_on_the_written_runs_and_the_official_qrels(made):
     import pytrec_eval
+
     metrics = json.loads((made / "eval/metrics.json").read_text("utf-8"))["models"]
     for lang in SUBJECTS:
         with open(made / f"data/qrels/dev/{lang}.tsv") as file:
@@ -68,17 +127,22 @@ def test_metrics_are_trec_evals_on_the_written_runs_and_the_official_qrels(made)
         assert len(answerable) == 5 < len(qrels)
         for model in ("bm25", "a", "b"):
             with open(made / f"eval/runs/{model}.{lang}.trec") as file:
-                values = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut_10", "recall_100"}).evaluate(pytrec_eval.parse_run(file))
+                values = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut_10", "recall_100"}).evaluate(
+                    pytrec_eval.parse_run(file)
+                )
             for name, key in (("ndcg@10", "ndcg_cut_10"), ("recall@100", "recall_100")):
                 mean = sum(values.get(q, {}).get(key, 0) for q in answerable) / 5
                 assert metrics[model][lang][name] == pytest.approx(mean, abs=6e-6)
             assert metrics[model][lang]["queries"] == 5
     for model, rows in metrics.items():
-        assert rows["avg"]["ndcg@10"] == pytest.approx((rows["th"]["ndcg@10"] + rows["sw"]["ndcg@10"]) / 2, abs=1.1e-5), model
+        assert rows["avg"]["ndcg@10"] == pytest.approx(
+            (rows["th"]["ndcg@10"] + rows["sw"]["ndcg@10"]) / 2, abs=1.1e-5
+        ), model
 
 
 def test_runs_and_qrels_load_in_ir_measures_to_the_same_metrics(made):
     import ir_measures
+
     metrics = json.loads((made / "eval/metrics.json").read_text("utf-8"))["models"]
     measures = {"ndcg@10": ir_measures.nDCG @ 10, "recall@100": ir_measures.R @ 100}
     for lang in SUBJECTS:
@@ -87,7 +151,11 @@ def test_runs_and_qrels_load_in_ir_measures_to_the_same_metrics(made):
         answerable = {q for q, _, _, relevance in rows if relevance == "1"}
         qrels = [ir_measures.Qrel(q, d, int(r)) for q, _, d, r in rows if q in answerable]
         for model in ("bm25", "a", "b"):
-            found = ir_measures.calc_aggregate(list(measures.values()), qrels, ir_measures.read_trec_run(str(made / f"eval/runs/{model}.{lang}.trec")))
+            found = ir_measures.calc_aggregate(
+                list(measures.values()),
+                qrels,
+                ir_measures.read_trec_run(str(made / f"eval/runs/{model}.{lang}.trec")),
+            )
             for name, measure in measures.items():
                 assert metrics[model][lang][name] == pytest.approx(found[measure], abs=6e-6)
 
@@ -96,17 +164,38 @@ def brute_force(passages, queries, docids, depth):
     """Per query [(docid, score)] in float64, in plain loops: best first, ties at six decimals to the smaller docid."""
     found = []
     for query in queries:
-        scored = [(round(math.fsum(float(x) * float(y) for x, y in zip(query, passage)), 6), docid) for passage, docid in zip(passages, docids)]
+        scored = [
+            (round(math.fsum(float(x) * float(y) for x, y in zip(query, passage)), 6), docid)
+            for passage, docid in zip(passages, docids)
+        ]
         found.append([(docid, score) for score, docid in sorted(scored, key=lambda s: (-s[0], s[1]))][:depth])
     return found
+
+
+def in_order(hits):
+    return sorted(hits, key=lambda hit: (-hit[1], hit[0]))
 
 
 def test_a_brute_force_search_in_float64_gives_the_same_run(made, stage, tmp_path):
     for lang in SUBJECTS:
         cache = tmp_path / lang  # of one model and one language: its files need no key to be found
-        evaluate(stage, made, tmp_path / f"eval.{lang}", made / "a", "--lang", lang, "--cache", cache, "--depth", "103")
+        evaluate(
+            stage,
+            made,
+            tmp_path / f"eval.{lang}",
+            made / "a",
+            "--lang",
+            lang,
+            "--cache",
+            cache,
+            "--depth",
+            "103",
+        )
         vectors = {kind: np.load(*cache.glob(f"embeddings/*/{kind}-*.npy")) for kind in ("passage", "query")}
-        docids = [json.loads(line)["docid"] for line in (made / f"data/corpus/{lang}.jsonl").read_text("utf-8").splitlines()]
+        docids = [
+            json.loads(line)["docid"]
+            for line in (made / f"data/corpus/{lang}.jsonl").read_text("utf-8").splitlines()
+        ]
         assert vectors["passage"].shape[0] == 150 and vectors["query"].shape[0] == 6
         run = defaultdict(list)
         for query_id, _, docid, _, score, _ in lines_of(tmp_path / f"eval.{lang}/runs/a.{lang}.trec"):
@@ -114,7 +203,9 @@ def test_a_brute_force_search_in_float64_gives_the_same_run(made, stage, tmp_pat
         expected = brute_force(vectors["passage"], vectors["query"], docids, 104)
         assert len(run) == 6
         for query_id, best in zip(sorted(run), expected):
-            assert sorted(run[query_id]) == sorted(best[:103])
+            assert [docid for docid, _ in in_order(run[query_id])] == [docid for docid, _ in best[:103]]
+            for (_, score), (_, wanted) in zip(in_order(run[query_id]), best):
+                assert abs(score - wanted) < 1.5e-6  # float32 products, rounded to six decimals
         assert any(best[102][1] == best[103][1] for best in expected)  # a tie across the cut
 
 
@@ -131,33 +222,53 @@ def test_the_rank_column_is_trec_evals_order(made):
                 if int(rank) <= 10:
                     gain[q] += relevance[q].get(docid, 0) / math.log2(int(rank) + 1)
             answerable = [q for q in relevance if any(relevance[q].values())]
-            ideal = {q: sum(1 / math.log2(i + 2) for i in range(min(10, sum(relevance[q].values())))) for q in answerable}
+            ideal = {
+                q: sum(1 / math.log2(i + 2) for i in range(min(10, sum(relevance[q].values()))))
+                for q in answerable
+            }
             mean = sum(gain[q] / ideal[q] for q in answerable) / len(answerable)
             assert metrics[model][lang]["ndcg@10"] == pytest.approx(mean, abs=6e-6)
 
 
 def test_scores_that_are_one_float32_are_ranked_by_docid_descending(stage):
     # 40.000000 and 40.000001 are two numbers in the file and one in trec_eval's float32
-    lines = [line.split() for line in stage.run_lines({"q": [("a", 40.000001), ("b", 40.0), ("c", 39.5)]}, "tag")]
+    lines = [
+        line.split() for line in stage.run_lines({"q": [("a", 40.000001), ("b", 40.0), ("c", 39.5)]}, "tag")
+    ]
     assert [(docid, rank) for _, _, docid, rank, _, _ in lines] == [("b", "1"), ("a", "2"), ("c", "3")]
     import pytrec_eval
-    values = pytrec_eval.RelevanceEvaluator({"q": {"b": 1}}, {"recip_rank"}).evaluate({"q": {"a": 40.000001, "b": 40.0, "c": 39.5}})
+
+    values = pytrec_eval.RelevanceEvaluator({"q": {"b": 1}}, {"recip_rank"}).evaluate(
+        {"q": {"a": 40.000001, "b": 40.0, "c": 39.5}}
+    )
     assert values["q"]["recip_rank"] == 1
 
 
 def test_a_query_without_results_counts_zero_and_one_without_relevant_passages_does_not_count(stage):
     qrels = {"found": {"a": 1}, "nothing": {"a": 1}, "no relevant": {"a": 0}}
     values = stage.measure(qrels, {"found": {"a": 0.5, "b": 0.4}, "nothing": {}, "no relevant": {"a": 0.5}})
-    assert values == {"found": {"ndcg@10": 1.0, "recall@100": 1.0}, "nothing": {"ndcg@10": 0.0, "recall@100": 0.0}}
+    assert values == {
+        "found": {"ndcg@10": 1.0, "recall@100": 1.0},
+        "nothing": {"ndcg@10": 0.0, "recall@100": 0.0},
+    }
 
 
 def test_significance_is_the_paired_t_test_and_the_interval_holds_the_difference(stage):
     from scipy.stats import ttest_rel
+
     rng = np.random.default_rng(0)
-    a, b = ({lang: {str(q): {"ndcg@10": float(x)} for q, x in enumerate(rng.random(n) * top)} for lang, n in (("sw", 40), ("th", 9))}
-            for top in (1.0, 0.7))
+    a, b = (
+        {
+            lang: {str(q): {"ndcg@10": float(x)} for q, x in enumerate(rng.random(n) * top)}
+            for lang, n in (("sw", 40), ("th", 9))
+        }
+        for top in (1.0, 0.7)
+    )
     found = stage.significance(a, b, seed=13)
-    pairs = {lang: ([a[lang][q]["ndcg@10"] for q in a[lang]], [b[lang][q]["ndcg@10"] for q in a[lang]]) for lang in a}
+    pairs = {
+        lang: ([a[lang][q]["ndcg@10"] for q in a[lang]], [b[lang][q]["ndcg@10"] for q in a[lang]])
+        for lang in a
+    }
     both = [sum((pairs[lang][i] for lang in pairs), []) for i in (0, 1)]
     assert found["p"] == pytest.approx(ttest_rel(*both).pvalue, rel=6e-3)
     assert found["by_lang"]["th"]["p"] == pytest.approx(ttest_rel(*pairs["th"]).pvalue, rel=6e-3)
@@ -171,22 +282,50 @@ def test_significance_is_the_paired_t_test_and_the_interval_holds_the_difference
     assert stage.significance(a, a, seed=13)["p"] == 1.0
 
 
-def test_one_more_model_or_language_encodes_and_searches_only_what_is_new(made, stage, monkeypatch, tmp_path, capfd):
+def test_one_more_model_or_language_encodes_and_searches_only_what_is_new(
+    made, stage, monkeypatch, tmp_path, capfd
+):
     import encoder
     import search
+
     done = []
-    find, load, encode = search.Ensemble.search, encoder.Encoder.__init__, encoder.Encoder.encode
-    monkeypatch.setattr(search.Ensemble, "search", lambda self, lang, *a, **k: done.append(("search", self.names[0], lang)) or find(self, lang, *a, **k))
-    monkeypatch.setattr(encoder.Encoder, "__init__", lambda self, name, *a, **k: done.append(("load", name[-1])) or load(self, name, *a, **k))
-    monkeypatch.setattr(encoder.Encoder, "encode", lambda self, texts, kind, *a, **k: done.append(("encode", self.name, kind)) or encode(self, texts, kind, *a, **k))
+    find, load, make = search.Ensemble.search, encoder.Encoder.__init__, encoder.Encoder.encode_file
+    monkeypatch.setattr(
+        search.Ensemble,
+        "search",
+        lambda self, lang, *a, **k: done.append(("search", self.names[0], lang)) or find(self, lang, *a, **k),
+    )
+    monkeypatch.setattr(
+        encoder.Encoder,
+        "__init__",
+        lambda self, name, *a, **k: done.append(("load", name[-1])) or load(self, name, *a, **k),
+    )
+    monkeypatch.setattr(
+        encoder.Encoder,
+        "encode_file",
+        lambda self, path, texts, kind, *a: (
+            (Path(path).is_file() or done.append(("encode", self.name, kind)))
+            or make(self, path, texts, kind, *a)
+        ),
+    )
     cache, out = ["--cache", tmp_path / "cache"], tmp_path / "eval"
     evaluate(stage, made, out, made / "a", *cache)
     assert done.count(("load", "a")) == 1  # for two languages
-    assert sorted(done) == sorted([("load", "a"), *[("search", "a", lang) for lang in SUBJECTS],
-                                   *[("encode", "a", kind) for kind in ("passage", "query")] * 2])
+    assert sorted(done) == sorted(
+        [
+            ("load", "a"),
+            *[("search", "a", lang) for lang in SUBJECTS],
+            *[("encode", "a", kind) for kind in ("passage", "query")] * 2,
+        ]
+    )
     done.clear()
     evaluate(stage, made, out, made / "a", made / "b", "--baseline", made / "a", *cache, "--lang", "th")
-    assert set(done) == {("load", "b"), ("search", "b", "th"), ("encode", "b", "passage"), ("encode", "b", "query")}
+    assert set(done) == {
+        ("load", "b"),
+        ("search", "b", "th"),
+        ("encode", "b", "passage"),
+        ("encode", "b", "query"),
+    }
     done.clear()
     capfd.readouterr()
     evaluate(stage, made, out, made / "a", made / "b", "--baseline", made / "a", *cache, "--lang", "th")
@@ -211,7 +350,9 @@ def test_a_judged_pool_holds_every_judged_passage_and_says_so_everywhere(made, s
         assert all(len(found) == min(100, len(judged) + 20) for found in per_query.values())
         corpus = (made / f"data/corpus/{lang}.jsonl").read_text("utf-8").splitlines()
         pools = [p.read_text("utf-8").splitlines() for p in made.glob(f"cache/pools/*/corpus/{lang}.jsonl")]
-        assert len(pools) == 1 and pools[0] == [line for line in corpus if line in set(pools[0])]  # unchanged, in order
+        assert len(pools) == 1 and pools[0] == [
+            line for line in corpus if line in set(pools[0])
+        ]  # unchanged, in order
         docids = {json.loads(line)["docid"] for line in pools[0]}
         assert judged <= docids and len(docids) == len(judged) + 20
     evaluate(stage, made, tmp_path, made / "a", "--pool", "judged", "--pool-sample", "20", "--seed", "14")
@@ -228,12 +369,17 @@ def test_models_of_one_name_are_told_apart_by_their_folder(stage, tmp_path):
     for run in ("one", "two"):
         (tmp_path / run / "model").mkdir(parents=True)
     models = [str(tmp_path / run / "model") for run in ("one", "two")]
-    assert list(stage.names_of([*models, "BAAI/bge-m3"]).values()) == ["one/model", "two/model", "BAAI/bge-m3"]
-    assert stage.run_name("BAAI/bge-m3", "sw") == "BAAI_bge-m3.sw.trec"
+    assert list(stage.names_of([*models, "BAAI/bge-m3"]).values()) == [
+        "one/model",
+        "two/model",
+        "BAAI/bge-m3",
+    ]
+    assert stage.run_path("eval", "BAAI/bge-m3", "sw") == Path("eval/runs/BAAI_bge-m3.sw.trec")
 
 
 def test_bad_input_is_told_in_one_line(made, stage, tmp_path):
     from common import DataError
+
     with pytest.raises(DataError, match="--depth 50: Recall@100 needs"):
         evaluate(stage, made, tmp_path, made / "a", "--depth", "50")
     with pytest.raises(DataError, match="not among --models"):
@@ -256,4 +402,57 @@ def test_the_report_reads_what_the_evaluation_wrote(made):
     metrics = json.loads((made / "eval/metrics.json").read_text("utf-8"))
     for model, rows in metrics["models"].items():
         assert f"`{model}`" in text and f"{100 * rows['th']['ndcg@10']:.1f}" in text
-    assert "Thai (th, zero-shot)" in text and "Left out" in text and (made / "eval/figures/scores.png").is_file()
+    assert (
+        "Thai (th, zero-shot)" in text and "Left out" in text and (made / "eval/figures/scores.png").is_file()
+    )
+
+
+def test_lengths_that_differ_and_texts_that_were_cut_are_told_also_of_cached_vectors_and_finished_runs(
+    made, stage, tmp_path, capfd
+):
+    flags = [
+        made / "a",
+        made / "b",
+        "--cache",
+        tmp_path / "cache",
+        "--settings",
+        "b:passage_max_len=3",
+        "--lang",
+        "th",
+    ]
+    seen = []
+    for out in ("one", "one", "two"):  # made; finished; vectors from the cache
+        metrics = evaluate(stage, made, tmp_path / out, *flags)
+        settings = metrics["settings"]
+        shown = capfd.readouterr().out
+        assert (
+            settings["encoders"]["a"]["max_len"]["passage"]
+            > settings["encoders"]["b"]["max_len"]["passage"]
+            == 3
+        )
+        assert settings["cut"]["a"] == {"query": 0, "passage": 0} and settings["cut"]["b"]["passage"] > 100
+        assert f"3 tokens of a passage ({settings['cut']['b']['passage']} were cut)" in shown
+        assert "different lengths" in shown
+        seen.append((settings["cut"], shown))
+    assert seen[0] == seen[1] == seen[2]
+    metrics = evaluate(stage, made, tmp_path / "same", made / "a", made / "b", "bm25", "--lang", "th")
+    assert "different lengths" not in capfd.readouterr().out and set(metrics["settings"]["cut"]) == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--settings", "query_prefix=w w w "), ("--query-max-len", "2"), ("--dtype", "bf16")]
+)
+def test_a_run_is_made_again_when_what_decides_its_vectors_changes(
+    made, stage, tmp_path, flag, value, monkeypatch
+):
+    import search
+
+    asked = []
+    find = search.Ensemble.search
+    monkeypatch.setattr(search.Ensemble, "search", lambda *a: asked.append(a[1]) or find(*a))
+    common = (stage, made, tmp_path, made / "a", "--lang", "sw", "--cache", tmp_path / "cache")
+    evaluate(*common)
+    evaluate(*common)
+    assert asked == ["sw"]
+    evaluate(*common, flag, value)
+    assert asked == ["sw", "sw"]

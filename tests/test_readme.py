@@ -1,4 +1,5 @@
-"""The README shows what is: its numbers come from results/*.json, its commands, records and names are the scripts' own."""
+"""The README shows what is: numbers of results/*.json, commands, records and names of the scripts."""
+
 import ast
 import json
 import re
@@ -9,31 +10,59 @@ import pytest
 from conftest import ROOT, load_stage
 
 sys.path.insert(0, str(ROOT / "bench"))
-from readme_tables import STAGES, fill, short, table  # noqa: E402
+from results import fill, short  # noqa: E402
 
 README = (ROOT / "README.md").read_text("utf-8")
 BLOCK = re.compile(r"(?:<!-- (needs|run by): (.+?) -->\n)?^```bash\n(.*?)^```$", re.M | re.S)
-NEEDS = {"hub": "hub", "server": "server", "GPU": "GPU", "hours": "hour"}  # a mark, and the word that the text must say
+NEEDS = {
+    "hub": "hub",
+    "server": "server",
+    "GPU": "GPU",
+    "hours": "hour",
+}  # a mark, and the word that the text must say
 
-# What may have a digit outside of what is generated: names, flags with their values, and places in the paper; never a result.
-CODE = r"""--[a-z].* | .*\ --[a-z].* | make\ .* | [\w/.-]*\.(py|jsonl?|png)(\ [a-z]+)? | bm25 | OMP_NUM_THREADS=1 | OPENAI_\w+"""
+# What may have a digit outside of what is generated: names, flags with values, places in the paper; no result.
+CODE = r"""--[a-z].* | .*\ --[a-z].* | make\ .* | [\w/.-]*\.(py|jsonl?|png)(\ [a-z]+)? | bm25 | OMP_NUM_THREADS=1 |
+           OPENAI_\w+"""
 ALLOWED = [
-    r"\]\([^)\n]*\)", r"<https?://\S+>",  # where a link goes
-    r"\bSec\. \d(\.\d)?( to \d\.\d)?", r"\bTables? \d+((, \d+)* and \d+|(, \d+)*)", r"\bFigure \d+", r"\bApp\. [A-Z]",
-    r"\barXiv \d{4}\.\d{5}", r"\b(EMNLP|TACL) 20\d\d", r"\bPython 3\.11\b", r"\bApache 2\.0", r"\(401 or 403\)", r"\bexit status 2\b",
-    r"\b[Ss]tages? 0\d( (and|to) 0\d)?\b", r"\bafter 0\d\b", r"^ *(corpus, queries ─ )?0\d (mine|filter|generate|cluster|train|evaluate)\b",
-    r"\bnDCG@10\b", r"\bR@100\b", r"\bE5\b", r"\bBM25\b", r"\bL2-normalised", r"\bf_1\b",
-    r"tokens are bytes / 4\b", r"\bLLM\(q, d\+, d\) = 0", r"Covering 18 Diverse Languages",
+    r"\]\([^)\n]*\)",
+    r"<https?://\S+>",  # where a link goes
+    r"\bSec\. \d(\.\d)?( to \d\.\d)?",
+    r"\bTables? \d+((, \d+)* and \d+|(, \d+)*)",
+    r"\bFigure \d+",
+    r"\bApp\. [A-Z]",
+    r"\barXiv \d{4}\.\d{5}",
+    r"\b(EMNLP|TACL) 20\d\d",
+    r"\bPython 3\.11\b",
+    r"\bApache 2\.0",
+    r"\(401 or 403\)",
+    r"\bexit status 2\b",
+    r"\b[Ss]tages? 0\d( (and|to) 0\d)?\b",
+    r"\bafter 0\d\b",
+    r"^ *(corpus, queries ─ )?0\d (mine|filter|generate|cluster|train|evaluate)\b",
+    r"\bnDCG@10\b",
+    r"\bR@100\b",
+    r"\bE5\b",
+    r"\bBM25\b",
+    r"\bL2-normalised",
+    r"\bf_1\b",
+    r"tokens are bytes / 4\b",
+    r"\bLLM\(q, d\+, d\) = 0",
+    r"Covering 18 Diverse Languages",
 ]
 
 
 def typed_by_hand(text):
-    """What has a digit and is neither generated, nor a constant of the paper that is marked as one, nor on the list."""
+    """What has a digit and is neither generated, nor marked as a constant of the paper, nor on the list."""
     text = re.sub(r"<!-- table .+? -->\n.*?<!-- end -->", "", text, flags=re.S)
     text = re.sub(r"<!-- paper: .+? -->\n.*?<!-- end -->", "", text, flags=re.S)
     text = re.sub(r"<!-- = .+? -->.*?<!-- / -->", "", text)
-    text = re.sub(r"^```(bash|python|json|bibtex)\n(.*?)^```$", lambda m: "\n".join(re.findall(r"#.*", m[2])) if m[1] in ("bash", "python") else "",
-                  text, flags=re.M | re.S)  # of code only the comments can claim something
+    text = re.sub(
+        r"^```(bash|python|json|bibtex)\n(.*?)^```$",
+        lambda m: "\n".join(re.findall(r"#.*", m[2])) if m[1] in ("bash", "python") else "",
+        text,
+        flags=re.M | re.S,
+    )  # of code only the comments can claim something
     text = re.sub(r"<!-- .*? -->", "", text)
     text = re.sub(r"`([^`\n]+)`", lambda m: "" if re.fullmatch(CODE, m[1], re.X) else m[1], text)
     for pattern in ALLOWED:
@@ -49,9 +78,23 @@ def test_no_number_is_typed_by_hand():
     assert typed_by_hand(README) == []
 
 
-@pytest.mark.parametrize("line", [
-    "It reaches 76.5 nDCG@10.", "Done in 2 minutes.", "| model | 76.5 |", "`76.5`", "`a` 76.5 `--drop-at 1`", "`a` 76.5 --drop-at `b`", "**70.0** on average", "see Table 76.5", "Sec. 3.3 gains 2.4",
-    "```bash\nmake all  # 2 minutes on two cores\n```", "```text\n01 mine: 40 s\n```", "<!-- = sample total/seconds -->7<!-- / --> and 8 more"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "It reaches 76.5 nDCG@10.",
+        "Done in 2 minutes.",
+        "| model | 76.5 |",
+        "`76.5`",
+        "`a` 76.5 `--drop-at 1`",
+        "`a` 76.5 --drop-at `b`",
+        "**70.0** on average",
+        "see Table 76.5",
+        "Sec. 3.3 gains 2.4",
+        "```bash\nmake all  # 2 minutes on two cores\n```",
+        "```text\n01 mine: 40 s\n```",
+        "<!-- = sample total/seconds -->7<!-- / --> and 8 more",
+    ],
+)
 def test_a_number_typed_by_hand_is_found(line):
     assert typed_by_hand(line)
 
@@ -59,16 +102,20 @@ def test_a_number_typed_by_hand_is_found(line):
 def test_marks_are_closed_and_do_not_begin_a_line():
     """A comment that begins a line would make the whole line HTML, in which Markdown means nothing."""
     generated = re.findall(r"<!-- (?:table|paper:) (?:(?!<!--).)*?<!-- end -->", README, re.S)
-    assert len(generated) == len(re.findall(r"<!-- (?:table|paper:) ", README)) == README.count("<!-- end -->")
-    assert len(re.findall(r"\S ?<!-- = \S+ \S+(?: \S+)? -->[^<\n]+<!-- / -->", README)) == README.count("<!-- = ") == README.count("<!-- / -->") > 0
+    assert (
+        len(generated) == len(re.findall(r"<!-- (?:table|paper:) ", README)) == README.count("<!-- end -->")
+    )
+    assert (
+        len(re.findall(r"\S ?<!-- = \S+ \S+(?: \S+)? -->[^<\n]+<!-- / -->", README))
+        == README.count("<!-- = ")
+        == README.count("<!-- / -->")
+        > 0
+    )
     assert not re.search(r"^<!-- [=/]", README, re.M)
 
 
-def test_a_missing_result_is_said_to_be_missing():
-    assert "Not measured yet" in table("no-such-file") and "results/no-such-file.json" in table("figure", "no-such-file")
+# ------------------------------------------------------- commands; test_readme_commands.py runs the others
 
-
-# --------------------------------------------------------------------------- commands; tests/test_readme_commands.py runs the others
 
 def commands(block):
     return [line for line in block.replace("\\\n", " ").splitlines() if line.strip()]
@@ -81,13 +128,17 @@ def test_every_command_is_run_or_needs_what_the_text_says():
         if kind == "run by":
             assert all(line in (ROOT / marks).read_text("utf-8") for line in commands(block))
         elif kind == "needs":
-            before = README[:found.start()].rstrip().split("\n\n")[-1]
+            before = README[: found.start()].rstrip().split("\n\n")[-1]
             for mark in marks.split(", "):
-                assert re.search(rf"\b{NEEDS[mark]}", before), f"the text before {block!r} does not say that it needs: {mark}"
+                assert re.search(rf"\b{NEEDS[mark]}", before), (
+                    f"the text before {block!r} does not say that it needs: {mark}"
+                )
 
 
 def test_commands_use_flags_that_exist():
-    found = re.findall(r"^(?:torchrun .*?|(?:python offline_llm.py --exec )?python )(0\d\w+\.py) (.*)$", README, re.M)
+    found = re.findall(
+        r"^(?:torchrun .*?|(?:python offline_llm.py --exec )?python )(0\d\w+\.py) (.*)$", README, re.M
+    )
     assert len(found) > 10
     for script, arguments in found:
         load_stage(script.removesuffix(".py")).build_parser().parse_args(shlex.split(arguments))
@@ -95,7 +146,9 @@ def test_commands_use_flags_that_exist():
 
 def test_flags_in_the_text_exist():
     flags = set(re.findall(r"`(--[a-z][a-z-]+)", README))
-    sources = '"--help"' + "".join(p.read_text("utf-8") for p in [*ROOT.glob("*.py"), *ROOT.glob("bench/*.py")])
+    sources = '"--help"' + "".join(
+        p.read_text("utf-8") for p in [*ROOT.glob("*.py"), *ROOT.glob("bench/*.py")]
+    )
     assert len(flags) > 20 and [flag for flag in flags if f'"{flag}"' not in sources] == []
 
 
@@ -110,49 +163,64 @@ def test_make_variables_and_targets_exist():
 
 # --------------------------------------------------------------------------- records
 
-def shown_records():
-    return {name.split(".")[0]: line for name, line in re.findall(
-        r"^`(\w+\.jsonl)`, after .*\n\n<!-- table record \w+ -->\n```json\n(.*)\n```", README, re.M)}
+
+def shown_record():
+    """The line of topics.jsonl that the README shows."""
+    return re.search(r"<!-- table record topics -->\n```json\n(.*)\n```", README)[1]
 
 
 def test_records_are_valid():
     from common import parse_query
-    assert list(shown_records()) == list(STAGES)
+
     own = re.findall(r"this much is needed:\n\n```json\n(.*)\n```", README)
-    assert len(own) == 1 and len(re.findall(r"^```json", README, re.M)) == 5
-    for line in (*shown_records().values(), *own):
+    assert len(own) == 1 and len(re.findall(r"^```json", README, re.M)) == 2
+    for line in (shown_record(), *own):
         record = parse_query("README.md", 1, line.encode(), ["sw"])
         assert record["lang"] and record["positive_passages"]
 
 
-def test_records_have_texts_of_the_sample_and_go_through_the_stages():
-    records = {stage: json.loads(line) for stage, line in shown_records().items()}
-    lang, query_id = (records["topics"][key] for key in ("lang", "query_id"))
-    given = next(r for r in map(json.loads, open(ROOT / "sample/data/train.jsonl", encoding="utf-8")) if (r["lang"], r["query_id"]) == (lang, query_id))
-    corpus = {p["docid"]: p["text"] for p in map(json.loads, open(ROOT / f"sample/data/corpus/{lang}.jsonl", encoding="utf-8"))}
-    for record in records.values():
-        assert (record["lang"], record["query_id"], record["query"]) == (lang, query_id, given["query"])
-        assert short(record) == record
-        for key in ("positive_passages", "negative_passages", "candidate_passages", "false_negatives"):
-            assert all(p["text"] == corpus[p["docid"]] for p in record.get(key, []))
-    assert records["candidates"]["candidate_passages"][0]["ranks"] and "candidate_passages" not in records["filtered"]
-    removed = records["filtered"]["false_negatives"][0]
-    assert removed["grade"] == min(removed["accuracy"], removed["completeness"]) > 0 == records["filtered"]["negative_passages"][0]["grade"]
-    assert records["augmented"]["summary"] and records["augmented"]["generated_query"]
-    assert records["augmented"]["negative_passages"][0]["source"] == "generated-query"
-    assert records["topics"] == records["augmented"] | {"topic": records["topics"]["topic"]}
+def test_the_record_has_texts_of_the_sample_and_what_every_stage_adds():
+    record = json.loads(shown_record())
+    lang, query_id = record["lang"], record["query_id"]
+    train = map(json.loads, open(ROOT / "sample/data/train.jsonl", encoding="utf-8"))
+    given = next(r for r in train if (r["lang"], r["query_id"]) == (lang, query_id))
+    passages = map(json.loads, open(ROOT / f"sample/data/corpus/{lang}.jsonl", encoding="utf-8"))
+    corpus = {p["docid"]: p["text"] for p in passages}
+    assert record["query"] == given["query"] and short(record) == record
+    for key in ("positive_passages", "negative_passages", "false_negatives"):
+        assert all(p["text"] == corpus[p["docid"]] for p in record[key])
+    (removed,) = record["false_negatives"]
+    (negative,) = record["negative_passages"]
+    assert removed["grade"] == min(removed["accuracy"], removed["completeness"]) > 0 == negative["grade"]
+    assert record["summary"] and record["generated_query"] and negative["source"] == "generated-query"
+    assert negative["ranks"] and type(record["topic"]) is int and "candidate_passages" not in record
+
+
+def test_the_table_of_records_names_every_field_of_the_record():
+    table = " ".join(" ".join(row) for row in rows_of("The stages", "### The records"))
+    for field in json.loads(shown_record()):
+        assert field in table, field
 
 
 # --------------------------------------------------------------------------- names
 
+
 def functions(path):
-    return {node.name for node in ast.walk(ast.parse((ROOT / path).read_text("utf-8")))
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}
+    return {
+        node.name
+        for node in ast.walk(ast.parse((ROOT / path).read_text("utf-8")))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+    }
 
 
-def rows_of(heading):
-    section = re.search(rf"^## {heading}\n(.*?)^## ", README, re.M | re.S)[1]
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in section.splitlines() if line.startswith("| ")][1:]
+def rows_of(heading, below=""):
+    section = re.search(rf"^## {heading}\n(.*?)^## ", README, re.M | re.S)[1].partition(below or "\0")
+    section = section[2] if below else section[0].partition("\n### ")[0]
+    return [
+        [cell.strip() for cell in line.strip("|").split(" | ")]
+        for line in section.splitlines()
+        if line.startswith("| ")
+    ][1:]
 
 
 def test_the_map_names_files_and_functions_that_exist():
@@ -161,21 +229,48 @@ def test_the_map_names_files_and_functions_that_exist():
         for name in re.findall(r"`(\w+)`", names):
             assert name in functions(path.strip("`")), f"{place}: {path} has no {name}"
     said = " ".join(place for place, *_ in rows)
-    assert [part for part in ("Sec. 3.3", "Sec. 3.4", "Sec. 3.5", "Sec. 4.1", "Table 1", "Table 2", "Tables 3", "Table 8", "Table 9", "Table 13",
-                              "Figure 3", "App. C") if part not in said] == []
+    assert [
+        part
+        for part in (
+            "Sec. 3.3",
+            "Sec. 3.4",
+            "Sec. 3.5",
+            "Sec. 4.1",
+            "Table 1",
+            "Table 2",
+            "Tables 3",
+            "Table 8",
+            "Table 9",
+            "Table 13",
+            "Figure 3",
+            "App. C",
+        )
+        if part not in said
+    ] == []
     assert {p.name for p in ROOT.glob("0*.py")} <= {path.strip("`") for _, _, path, _ in rows}
     assert {p.name for p in ROOT.glob("0*.py")} == {script.strip("`") for script, *_ in rows_of("The stages")}
 
 
 def test_troubleshooting_quotes_messages_that_exist():
-    sources = re.sub(r'"\s*\n\s*f?"', "", "".join(p.read_text("utf-8") for p in ROOT.glob("*.py")))  # strings over two lines
-    messages = [message for symptom, *_ in rows_of("Troubleshooting") for message in re.findall(r"`([^`]+ [^`]+)`", symptom)]
+    sources = re.sub(
+        r'"\s*\n\s*f?"', "", "".join(p.read_text("utf-8") for p in ROOT.glob("*.py"))
+    )  # strings over two lines
+    messages = [
+        message
+        for symptom, *_ in rows_of("Troubleshooting")
+        for message in re.findall(r"`([^`]+ [^`]+)`", symptom)
+    ]
     assert len(messages) > 8 and [message for message in messages if message not in sources] == []
 
 
 def test_links_lead_somewhere():
-    anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)$", README, re.M)}
+    anchors = {
+        re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+        for title in re.findall(r"^#+ (.*)$", README, re.M)
+    }
     links = re.findall(r"\]\(([^)\s]+)\)", README)
     assert len(links) > 8
     for link in links:
-        assert link.startswith("https://") or (link[1:] in anchors if link.startswith("#") else (ROOT / link).is_file()), link
+        assert link.startswith("https://") or (
+            link[1:] in anchors if link.startswith("#") else (ROOT / link).is_file()
+        ), link

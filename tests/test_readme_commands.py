@@ -1,7 +1,8 @@
-"""The README's commands are run as they stand, in order, in a copy of the project with a cut of the sample; so is its Python.
+"""The README's commands and Python run as they stand, in order, in a copy with a cut of the sample.
 
-Those that need a hub, a GPU, a server or hours are marked there; tests/test_readme.py checks what can be checked of them.
+Those that need a hub, a GPU, a server or hours are marked there; test_readme.py checks what it can of them.
 """
+
 import gzip
 import json
 import os
@@ -36,7 +37,10 @@ def cut_sample(data, langs=LANGS):
         for lang in langs:
             ids = {r["query_id"] for r in records if r["lang"] == lang}
             qrels = lines(ROOT / f"sample/data/qrels/{split}/{lang}.tsv")
-            write(data / f"qrels/{split}/{lang}.tsv", "".join(line + "\n" for line in qrels if line.split("\t")[0] in ids))
+            write(
+                data / f"qrels/{split}/{lang}.tsv",
+                "".join(line + "\n" for line in qrels if line.split("\t")[0] in ids),
+            )
     for lang in langs:
         write(data / f"corpus/{lang}.jsonl", (ROOT / f"sample/data/corpus/{lang}.jsonl").read_text("utf-8"))
 
@@ -50,8 +54,14 @@ def like_miracl(data, root):
         for split in ("train", "dev"):
             records = [json.loads(line) for line in lines(data / f"{split}.jsonl")]
             base = root / f"miracl/miracl-v1.0-{lang}"
-            write(base / f"topics/topics.miracl-v1.0-{lang}-{split}.tsv", "".join(f"{r['query_id']}\t{r['query']}\n" for r in records if r["lang"] == lang))
-            write(base / f"qrels/qrels.miracl-v1.0-{lang}-{split}.tsv", (data / f"qrels/{split}/{lang}.tsv").read_text("utf-8"))
+            write(
+                base / f"topics/topics.miracl-v1.0-{lang}-{split}.tsv",
+                "".join(f"{r['query_id']}\t{r['query']}\n" for r in records if r["lang"] == lang),
+            )
+            write(
+                base / f"qrels/qrels.miracl-v1.0-{lang}-{split}.tsv",
+                (data / f"qrels/{split}/{lang}.tsv").read_text("utf-8"),
+            )
 
 
 def own_file(data, path):
@@ -60,13 +70,27 @@ def own_file(data, path):
     with open(path, "w", encoding="utf-8") as file:
         for record in (r for r in map(json.loads, lines(data / "train.jsonl")) if r.pop("lang") == "sw"):
             positives = {p["docid"] for p in record["positive_passages"]}
-            file.write(json.dumps(record | {"negative_passages": [p for p in corpus if p["docid"] not in positives][::7][:20]}, ensure_ascii=False) + "\n")
+            file.write(
+                json.dumps(
+                    record
+                    | {"negative_passages": [p for p in corpus if p["docid"] not in positives][::7][:20]},
+                    ensure_ascii=False,
+                )
+                + "\n"
+            )
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     top = tmp_path_factory.mktemp("readme") / "project"
-    for path in ("Makefile", "requirements.txt", "README.md", *(p.name for p in ROOT.glob("*.py")), "sample/make_encoder.py", "sample/make_sample.py"):
+    for path in (
+        "Makefile",
+        "requirements.txt",
+        "README.md",
+        *(p.name for p in ROOT.glob("*.py")),
+        "sample/make_encoder.py",
+        "sample/make_sample.py",
+    ):
         (top / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, top / path)
     for folder in ("bench", "results"):
@@ -86,10 +110,15 @@ def project(tmp_path_factory):
 def shell(project):
     def run(*command):
         env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(project / "hub")}
-        env = {k: v for k, v in env.items() if k not in ("OPENAI_BASE_URL", "OPENAI_API_KEY", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+        env = {
+            k: v
+            for k, v in env.items()
+            if k not in ("OPENAI_BASE_URL", "OPENAI_API_KEY", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+        }
         done = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, encoding="utf-8")
         assert done.returncode == 0, f"{command[-1]}\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}"
         return done.stdout
+
     return run
 
 
@@ -102,8 +131,15 @@ def ran(project, shell):
 
 
 def test_all_commands_without_a_mark_run(ran, project):
-    for made in ("runs/sample/eval/report.md", "runs/minimiracl/eval/metrics.json", "model/model.safetensors", "model.flagembedding/sw.jsonl",
-                 "runs/hosted/batch.jsonl", "runs/two/candidates.jsonl", "runs/two/model/model.safetensors"):
+    for made in (
+        "runs/sample/eval/report.md",
+        "runs/minimiracl/eval/metrics.json",
+        "model/model.safetensors",
+        "model.flagembedding/sw.jsonl",
+        "runs/hosted/batch.jsonl",
+        "runs/two/candidates.jsonl",
+        "runs/two/model/model.safetensors",
+    ):
         assert (project / made).exists(), made
     assert "make all" in ran and "model - sample:" in ran  # of make help, and of the evaluation
 
@@ -120,14 +156,26 @@ def test_a_collected_run_is_shown_in_the_readme(ran, project):
     metrics = json.loads((project / "runs/sample/eval/metrics.json").read_text("utf-8"))
     result = json.loads((project / "results/sample.json").read_text("utf-8"))
     assert {key: result[key] for key in metrics} == metrics
-    assert set(result["stages"]) == {p.name for p in ROOT.glob("0*.py")} - {"02a_check_judge.py", "03a_tune_generator.py"}
-    assert result["sizes"]["train_queries"] == 30 and result["sizes"]["llm_calls"] > 0 and result["made"]["date"].startswith("20")
+    assert set(result["stages"]) == {p.name for p in ROOT.glob("0*.py")} - {
+        "02a_check_judge.py",
+        "03a_tune_generator.py",
+    }
+    assert (
+        result["sizes"]["train_queries"] == 30
+        and result["sizes"]["llm_calls"] > 0
+        and result["made"]["date"].startswith("20")
+    )
     shown = (project / "README.md").read_text("utf-8")
     score = f"| model | **{100 * metrics['models']['model']['avg']['ndcg@10']:.1f}** |"
-    assert score in re.search(r"<!-- table sample -->\n.*?<!-- end -->", shown, re.S)[0] and "30<!-- / --> training queries" in shown
+    assert (
+        score in re.search(r"<!-- table sample -->\n.*?<!-- end -->", shown, re.S)[0]
+        and "30<!-- / --> training queries" in shown
+    )
     assert "scores" in result["figures"]
     for name in result["figures"]:
-        assert (project / f"results/figures/sample-{name}.png").read_bytes() == (project / f"runs/sample/eval/figures/{name}.png").read_bytes()
+        assert (project / f"results/figures/sample-{name}.png").read_bytes() == (
+            project / f"runs/sample/eval/figures/{name}.png"
+        ).read_bytes()
 
 
 def test_the_python_of_the_readme_runs(ran, shell):

@@ -1,4 +1,5 @@
 """06a_report.py: tables and figures from what the stages left, and nothing that is not there."""
+
 import json
 import re
 import warnings
@@ -8,8 +9,13 @@ import pytest
 from conftest import load_stage
 
 LANGS = "ar bn en es fa fi fr hi id ja ko ru sw te th zh".split()
-STAGES = {"candidates.jsonl": "01_mine_candidates.py", "filtered.jsonl": "02_filter_false_negatives.py",
-          "augmented.jsonl": "03_generate_negatives.py", "topics.jsonl": "04_cluster_topics.py", "model": "05_train.py"}
+STAGES = {
+    "candidates.jsonl": "01_mine_candidates.py",
+    "filtered.jsonl": "02_filter_false_negatives.py",
+    "augmented.jsonl": "03_generate_negatives.py",
+    "topics.jsonl": "04_cluster_topics.py",
+    "model": "05_train.py",
+}
 TITLES = {"th": "กรุงเทพมหานคร", "ja": "東京", "fa": "تهران", "ko": "서울 🌏", "te": "హైదరాబాదు"}
 
 
@@ -23,37 +29,147 @@ def write(path, content):
     path.write_text(content if isinstance(content, str) else json.dumps(content, ensure_ascii=False), "utf-8")
 
 
-def make_run(top, langs=("ja", "te", "th", "yo"), llm="offline-stand-in", encoder="BAAI/bge-m3", ours="model", **settings):
-    """A run folder as the stages leave it: gains of 1, 2, 3, ... points from the first language on; 10, 20, ... training queries."""
+def make_run(
+    top,
+    langs=("ja", "te", "th", "yo"),
+    llm="offline-stand-in",
+    encoder="BAAI/bge-m3",
+    ours="model",
+    **settings,
+):
+    """A run folder as the stages leave it: a language has gains of 1, 2, ... points, 10, 20, ... queries."""
     run = top / "run"
-    rows = {name: {lang: {"ndcg@10": base + i / 100 * (name == ours), "recall@100": 0.9, "queries": 20} for i, lang in enumerate(langs, 1)}
-            for name, base in (("bm25", 0.4), ("start", 0.5), (ours, 0.5))}
+    rows = {
+        name: {
+            lang: {"ndcg@10": base + i / 100 * (name == ours), "recall@100": 0.9, "queries": 20}
+            for i, lang in enumerate(langs, 1)
+        }
+        for name, base in (("bm25", 0.4), ("start", 0.5), (ours, 0.5))
+    }
     for of_lang in rows.values():
-        of_lang["avg"] = {m: float(np.mean([r[m] for r in of_lang.values()])) for m in ("ndcg@10", "recall@100")} | {"queries": 20 * len(langs)}
+        of_lang["avg"] = {
+            m: float(np.mean([r[m] for r in of_lang.values()])) for m in ("ndcg@10", "recall@100")
+        } | {"queries": 20 * len(langs)}
     gain = (1 + len(langs)) / 200
-    write(run / "eval/metrics.json", {
-        "settings": {"data": str(top / "data"), "split": "dev", "depth": 100, "limit": None, "baseline": "start", "zero_shot": ["yo"] if "yo" in langs else [],
-                     "pool": "full"} | settings,
-        "models": rows, "tests": {ours: {"vs": "start", "avg_diff": gain, "p": 0.012, "ci95": [gain - 0.01, gain + 0.01], "by_lang": {
-            lang: {"diff": i / 100, "p": 0.2 if i > 1 else 0.03, "ci95": [i / 100 - 0.02, i / 100 + 0.02]} for i, lang in enumerate(langs, 1)}}}})
+    write(
+        run / "eval/metrics.json",
+        {
+            "settings": {
+                "data": str(top / "data"),
+                "split": "dev",
+                "depth": 100,
+                "limit": None,
+                "baseline": "start",
+                "zero_shot": ["yo"] if "yo" in langs else [],
+                "pool": "full",
+            }
+            | settings,
+            "models": rows,
+            "tests": {
+                ours: {
+                    "vs": "start",
+                    "avg_diff": gain,
+                    "p": 0.012,
+                    "ci95": [gain - 0.01, gain + 0.01],
+                    "by_lang": {
+                        lang: {
+                            "diff": i / 100,
+                            "p": 0.2 if i > 1 else 0.03,
+                            "ci95": [i / 100 - 0.02, i / 100 + 0.02],
+                        }
+                        for i, lang in enumerate(langs, 1)
+                    },
+                }
+            },
+        },
+    )
     meta = {"seconds": 12.5, "peak_memory_mb": 345, "counts": {}, "arguments": {}}
     for name, script in STAGES.items():
-        write(run / f"{name}.meta.json", meta | {"script": script, "arguments": {"llm": llm, "encoder": encoder, "epochs": 2}})
-    write(run / "filtered.jsonl.meta.json", meta | {"script": "02_filter_false_negatives.py", "arguments": {"llm": llm}, "counts": {
-        "calls": {"asked": 777, "prompt_tokens": 8888, "completion_tokens": 999},
-        "by_lang": {lang: {"candidates": 200 * i, "removed": 10 * i * i} for i, lang in enumerate(langs, 1)}}})
-    write(run / "augmented.jsonl.meta.json", meta | {"script": "03_generate_negatives.py", "arguments": {"llm": llm}, "counts": {
-        "calls": {"small": {"asked": 30, "cached": 4}, "large": {"asked": 5, "prompt_tokens": 60}}}})
+        write(
+            run / f"{name}.meta.json",
+            meta | {"script": script, "arguments": {"llm": llm, "encoder": encoder, "epochs": 2}},
+        )
+    write(
+        run / "filtered.jsonl.meta.json",
+        meta
+        | {
+            "script": "02_filter_false_negatives.py",
+            "arguments": {"llm": llm},
+            "counts": {
+                "calls": {"asked": 777, "prompt_tokens": 8888, "completion_tokens": 999},
+                "by_lang": {
+                    lang: {"candidates": 200 * i, "removed": 10 * i * i} for i, lang in enumerate(langs, 1)
+                },
+            },
+        },
+    )
+    write(
+        run / "augmented.jsonl.meta.json",
+        meta
+        | {
+            "script": "03_generate_negatives.py",
+            "arguments": {"llm": llm},
+            "counts": {
+                "calls": {"small": {"asked": 30, "cached": 4}, "large": {"asked": 5, "prompt_tokens": 60}}
+            },
+        },
+    )
     write(run / "eval/metrics.json.meta.json", meta | {"script": "06_eval.py"})
-    write(run / "model.log.jsonl", "".join(json.dumps(r) + "\n" for r in [
-        *({"step": i, "epoch": i / 20, "lang": "th", "loss": 3 / i} for i in range(1, 41)),
-        *({"step": 20 * e, "epoch": float(e), "dev": {"th": {"loss": 1.5, "mrr@10": m}}, "dev_mrr@10": m} for e, m in ((1, 0.81), (2, 0.62)))]))
-    write(run / "topics.jsonl", "".join(json.dumps({
-        "query_id": str(q), "lang": lang, "query": "?", "topic": q % 3,
-        "positive_passages": [{"docid": "1", "title": TITLES.get(lang, "Lagos | Abuja"), "text": "x"}],
-        "negative_passages": [{"docid": str(n), "title": "", "text": "x", "source": "generated-query" if n == 2 else "mined"} for n in range(2, 6)],
-    }, ensure_ascii=False) + "\n" for i, lang in enumerate(langs, 1) if lang != "yo" for q in range(10 * i)))
-    write(top / "data.meta.json", {"script": "00_prepare_data.py", "counts": {"languages": {lang: {"passages": 100} for lang in langs}}})
+    write(
+        run / "model/train_log.jsonl",
+        "".join(
+            json.dumps(r) + "\n"
+            for r in [
+                *({"step": i, "epoch": i / 20, "lang": "th", "loss": 3 / i} for i in range(1, 41)),
+                *(
+                    {
+                        "step": 20 * e,
+                        "epoch": float(e),
+                        "dev": {"th": {"loss": 1.5, "mrr@10": m}},
+                        "dev_mrr@10": m,
+                    }
+                    for e, m in ((1, 0.81), (2, 0.62))
+                ),
+            ]
+        ),
+    )
+    write(
+        run / "topics.jsonl",
+        "".join(
+            json.dumps(
+                {
+                    "query_id": str(q),
+                    "lang": lang,
+                    "query": "?",
+                    "topic": q % 3,
+                    "positive_passages": [
+                        {"docid": "1", "title": TITLES.get(lang, "Lagos | Abuja"), "text": "x"}
+                    ],
+                    "negative_passages": [
+                        {
+                            "docid": str(n),
+                            "title": "",
+                            "text": "x",
+                            "source": "generated-query" if n == 2 else "mined",
+                        }
+                        for n in range(2, 6)
+                    ],
+                },
+                ensure_ascii=False,
+            )
+            + "\n"
+            for i, lang in enumerate(langs, 1)
+            if lang != "yo"
+            for q in range(10 * i)
+        ),
+    )
+    write(
+        top / "data.meta.json",
+        {
+            "script": "00_prepare_data.py",
+            "counts": {"languages": {lang: {"passages": 100} for lang in langs}},
+        },
+    )
     return run
 
 
@@ -67,65 +183,102 @@ def section(text, heading):
 
 
 def row(text, first):
-    return [c.strip() for c in next(line for line in text.splitlines() if line.startswith(f"| {first}")).strip("|").split("|")]
+    return [
+        c.strip()
+        for c in next(line for line in text.splitlines() if line.startswith(f"| {first}"))
+        .strip("|")
+        .split("|")
+    ]
 
 
 def test_every_part_shows_the_numbers_of_the_stages(report, tmp_path):
     text = make_report(report, make_run(tmp_path))
     scores = section(text, "Scores by language")
-    assert "Ours is 2.5 nDCG@10 above the baseline (start) on average (p = 0.012): better in 4 of 4 languages, better than BM25 in 4" in scores
-    assert row(scores, "Telugu (te)")[:8] == ["Telugu (te)", "20", "40.0", "50.0", "52.0", "+2.0", "+0.0 to +4.0", "0.200"]
+    assert (
+        "Ours is 2.5 nDCG@10 above start on average (p = 0.012): "
+        "better in 4 of 4 languages, better than BM25 in 4"
+        in scores
+    )
+    assert row(scores, "Telugu (te)")[:8] == [
+        "Telugu (te)",
+        "20",
+        "40.0",
+        "50.0",
+        "52.0",
+        "+2.0",
+        "+0.0 to +4.0",
+        "0.200",
+    ]
     assert row(scores, "Japanese (ja)")[7] == "**0.030**"
     assert row(scores, "Yoruba (yo, zero-shot)")[4] == "54.0"
-    assert row(scores, "**avg of 4**")[2:8] == ["**40.0**", "**50.0**", "**52.5**", "**+2.5**", "+1.5 to +3.5", "**0.012**"]
-    assert row(scores, "**avg of the 3 with training data**")[2:6] == ["**40.0**", "**50.0**", "**52.0**", "**+2.0**"]
+    assert row(scores, "**avg of 4**")[2:8] == [
+        "**40.0**",
+        "**50.0**",
+        "**52.5**",
+        "+2.5",
+        "+1.5 to +3.5",
+        "**0.012**",
+    ]
+    assert row(scores, "**avg of the 3 with training data**")[2:6] == [
+        "**40.0**",
+        "**50.0**",
+        "**52.0**",
+        "+2.0",
+    ]
     removed = section(text, "False negatives removed")
     assert row(removed, "Telugu (te)") == ["Telugu (te)", "400", "40", "10.0", "12.1"]
-    assert row(removed, "**all**") == ["**all**", "2000", "300", "**15.0**", "**19.5**"]
+    assert row(removed, "**all**") == ["**all**", "2000", "300", "15.0", "19.5"]
     assert "removes 15.0% of the candidates, from 5.0% (ja) to 20.0% (yo)" in removed
-    assert row(section(text, "Where the negatives"), "**all**") == ["**all**", "240", "75.00", "25.00", "25.00"]
-    topics = section(text, "Topics by language")
-    assert "3 of 3 topics are in every language; the largest holds 35% of the queries" in topics
+    assert row(section(text, "Where the negatives"), "**all**") == [
+        "**all**",
+        "240",
+        "25.00",
+        "75.00",
+        "25.00",
+    ]
+    topics = section(text, "Topics")
+    assert row(topics, "0")[:4] == ["0", "21", "35.0", "3"]
     assert all(TITLES[lang] in row(topics, "0")[4] for lang in ("th", "ja", "te"))
     assert "MRR@10 0.81, at the end 0.62" in section(text, "Training")
     assert row(section(text, "Cost"), "`03_generate_negatives.py`")[3:] == ["35", "4", "60", ""]
-    assert row(section(text, "Cost"), "`02_filter_false_negatives.py`") == ["`02_filter_false_negatives.py`", "12.5", "345", "777", "", "8888", "999"]
+    assert row(section(text, "Cost"), "`02_filter_false_negatives.py`") == [
+        "`02_filter_false_negatives.py`",
+        "12.5",
+        "345",
+        "777",
+        "",
+        "8888",
+        "999",
+    ]
 
 
 def test_figures_are_drawn_without_missing_glyphs_and_not_blank(report, tmp_path):
     from matplotlib import image
+
     run = make_run(tmp_path, langs=[*LANGS, "de", "yo"], ours="模型/model")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # matplotlib warns where a font lacks a glyph
         text = make_report(report, run)
     links = re.findall(r"!\[[^\]]+\]\((.+?)\)", text)
-    assert links == [f"figures/{n}.png" for n in ("scores", "gain", "removed", "topics", "loss")]
+    assert links == [f"figures/{n}.png" for n in ("scores", "removed", "loss")]
     for link in links:
         pixels = image.imread(run / "eval" / link)[..., :3]
         assert pixels.shape[1] > 700 and 0.02 < (pixels < 0.9).any(-1).mean() < 0.9
         assert (np.ptp(pixels, axis=-1) < 0.01).all()  # grey only: what differs, differs on paper too
 
 
-@pytest.mark.parametrize("width", [8, 9, 11])
-def test_a_long_title_and_note_stay_inside_the_figure(report, width):
-    title = "The gain over the baseline (sample) does not depend measurably on the training queries of a language (Spearman +0.30, p = 0.26)"
-    figure, _ = report.canvas(title, f"{report.STAND_IN_NOTE}; on a judged pool, not the whole corpus; 200 queries a language", width=width)
+def test_a_long_title_and_note_stay_inside_the_figure(report):
+    title = (
+        "Ours is 12.3 nDCG@10 above the encoder it was trained from on average: better in 16 of 16 languages "
+        * 2
+    )
+    figure, _ = report.canvas(
+        title.strip(), "judged by text matching; on a judged pool, not the whole corpus"
+    )
     figure.draw_without_rendering()
     box = figure._suptitle.get_window_extent()
     assert 0 < box.x0 and box.x1 < figure.bbox.width and box.width > 0.5 * figure.bbox.width
-    assert figure.get_suptitle().replace("\n", " ").startswith(title)
-
-
-def test_the_gain_is_said_to_grow_only_where_it_does(report, tmp_path):
-    text = make_report(report, make_run(tmp_path, langs=LANGS))
-    assert "grows with the training queries of a language (Spearman +1.00" in section(text, "Gain")
-    run = make_run(tmp_path, langs=LANGS)
-    metrics = json.loads((run / "eval/metrics.json").read_text("utf-8"))
-    for start in (0, 1):  # to and fro, which is no trend, whatever the sign that comes first
-        for i, lang in enumerate(LANGS, start):
-            metrics["tests"]["model"]["by_lang"][lang]["diff"] = (-1) ** i * 0.01
-        write(run / "eval/metrics.json", metrics)
-        assert "does not depend measurably" in section(make_report(report, run), "Gain")
+    assert figure.get_suptitle().replace("\n", " ").startswith(title.strip())
 
 
 def test_the_papers_row_is_compared_only_with_full_miracl(report, tmp_path):
@@ -134,23 +287,40 @@ def test_the_papers_row_is_compared_only_with_full_miracl(report, tmp_path):
         metrics = json.loads((run / "eval/metrics.json").read_text("utf-8"))
         for rows in metrics["models"].values():
             for lang in LANGS:
-                rows[lang]["queries"] = report.MIRACL_DEV[lang]
+                rows[lang]["queries"] = report.PAPER["sizes"][lang]["dev_queries"]
         write(run / "eval/metrics.json", metrics)
-        write(top / "data.meta.json", {"counts": {"languages": {lang: {"passages": int(1e6 * report.MIRACL_PASSAGES[lang])} for lang in LANGS}}})
+        write(
+            top / "data.meta.json",
+            {
+                "counts": {
+                    "languages": {
+                        lang: {"passages": report.PAPER["sizes"][lang]["passages"]} for lang in LANGS
+                    }
+                }
+            },
+        )
         return run
+
     def scores(run):
         return report.score_tables(report.gather(run)[0])
+
     text = scores(full(tmp_path / "full"))
     assert "| paper: BM25 | paper: BGE | paper: Ours BGE |" in text and "not comparable" not in text
     assert row(text, "Telugu (te)")[-3:] == ["49.4", "86.2", "87.3"]
     assert row(text, "**avg of 16**")[-3:] == ["39.4", "69.2", "70.6"]
     assert "paper: Ours mE5 |" in scores(full(tmp_path / "e5", encoder="intfloat/multilingual-e5-large"))
-    for name, settings in (("pool", {"pool": "judged", "pool_note": "JUDGED POOL"}), ("limit", {"limit": 5}), ("split", {"split": "test"}),
-                           ("other encoder", {"encoder": "models/sample"})):
+    for name, settings in (
+        ("pool", {"pool": "judged", "pool_note": "JUDGED POOL"}),
+        ("limit", {"limit": 5}),
+        ("split", {"split": "test"}),
+        ("other encoder", {"encoder": "models/sample"}),
+    ):
         text = scores(full(tmp_path / name, **settings))
         assert "reference, not comparable: Ours BGE" in text and "| paper: " not in text, name
     run = full(tmp_path / "smaller")
-    sizes = {lang: {"passages": int(1e6 * report.MIRACL_PASSAGES[lang])} for lang in LANGS} | {"sw": {"passages": 3597}}
+    sizes = {lang: {"passages": report.PAPER["sizes"][lang]["passages"]} for lang in LANGS} | {
+        "sw": {"passages": 3597}
+    }
     write(tmp_path / "smaller/data.meta.json", {"counts": {"languages": sizes}})
     assert "reference, not comparable: Ours BGE" in scores(run)
 
@@ -158,23 +328,31 @@ def test_the_papers_row_is_compared_only_with_full_miracl(report, tmp_path):
 def test_the_stand_in_and_the_judged_pool_are_named_at_the_top_and_in_captions(report, tmp_path):
     text = make_report(report, make_run(tmp_path / "a"))
     assert "offline stand-in" in text.split("\n## ")[0]
-    for heading in ("Scores", "Gain", "False negatives", "Training"):
+    for heading in ("Scores", "False negatives", "Training"):
         assert re.search(r"^\*.*offline stand-in.*\*$", section(text, heading), re.M), heading
-    text = make_report(report, make_run(tmp_path / "b", llm="gpt-4o", pool="judged", pool_note="JUDGED POOL of 5"))
+    text = make_report(
+        report, make_run(tmp_path / "b", llm="gpt-4o", pool="judged", pool_note="JUDGED POOL of 5")
+    )
     assert "stand-in" not in text
-    assert "JUDGED POOL of 5" in text.split("\n## ")[0] and re.search(r"^\*.*judged pool.*\*$", section(text, "Scores"), re.M)
+    assert "JUDGED POOL of 5" in text.split("\n## ")[0] and re.search(
+        r"^\*.*judged pool.*\*$", section(text, "Scores"), re.M
+    )
 
 
 def test_lang_and_limit_change_what_is_shown(report, tmp_path):
     run = make_run(tmp_path)
     text = make_report(report, run, "--lang", "te", "th")
     scores = section(text, "Scores")
-    assert "Japanese" not in text and "Ours is 2.5 nDCG@10 above the baseline (start) on average: better in 2 of 2 languages" in scores
-    assert row(scores, "**avg of 2**")[2:8] == ["**40.0**", "**50.0**", "**52.5**", "**+2.5**", "–", "–"]
-    assert row(section(text, "False negatives"), "**all**")[1:4] == ["1000", "130", "**13.0**"]
+    assert (
+        "Japanese" not in text
+        and "Ours is 2.5 nDCG@10 above start on average: better in 2 of 2 languages" in scores
+    )
+    assert row(scores, "**avg of 2**")[2:8] == ["**40.0**", "**50.0**", "**52.5**", "+2.5", "", ""]
+    assert row(section(text, "False negatives"), "**all**")[1:4] == ["1000", "130", "13.0"]
     assert row(section(text, "Where the negatives"), "**all**")[1] == "200"
     assert row(section(make_report(report, run, "--limit", "7"), "Where the negatives"), "**all**")[1] == "28"
     from common import DataError
+
     with pytest.raises(DataError, match="--lang fi: none of them was evaluated"):
         (run / "topics.jsonl").unlink()
         make_report(report, run, "--lang", "fi")
@@ -184,15 +362,19 @@ def test_what_is_missing_is_left_out_and_said(report, tmp_path):
     run = make_run(tmp_path)
     whole = make_report(report, run)
     assert "Left out" not in whole and "Missing files" not in whole
-    for name in ("filtered.jsonl.meta.json", "topics.jsonl", "model.log.jsonl"):
+    for name in ("filtered.jsonl.meta.json", "topics.jsonl", "model/train_log.jsonl"):
         (run / name).unlink()
     text = make_report(report, run)
-    assert ("**Left out**: Gain against training size; False negatives removed by the judge (Table 8); "
-            "Where the negatives come from; Topics by language (Table 13).") in text
-    for name in ("filtered.jsonl.meta.json", "topics.jsonl", "model.log.jsonl"):
-        assert f"`{name}` is not there" in text
+    assert (
+        "**Left out**: False negatives removed (Table 8); Where the negatives come from; Topics (Table 13)."
+    ) in text
+    missing = [
+        f"`{run}/{name}`" for name in ("filtered.jsonl.meta.json", "topics.jsonl", "model/train_log.jsonl")
+    ]
+    assert f"Missing files: {', '.join(missing)}." in text
     assert "figures/loss.png" not in text and "## Training" in text
     from common import DataError
+
     with pytest.raises(DataError, match="none of the stages' files"):
         make_report(report, tmp_path / "nothing")
     write(run / "eval/metrics.json", "{")
@@ -217,9 +399,16 @@ def test_a_finished_report_is_made_again_only_when_something_changed(report, tmp
 
 
 def test_the_papers_numbers_agree_with_its_own_averages(report):
-    for name, row_of in report.PAPER_NDCG.items():
-        assert len(row_of) == 17
+    paper = report.PAPER
+    assert paper["languages"] == LANGS and list(paper) == ["about", *list(paper["about"])[1:]]
+    for name, row_of in paper["results"].items():
+        assert len(row_of) == 17 and name in paper["recall@100"]
         assert np.mean([row_of[lang] for lang in LANGS]) == pytest.approx(row_of["avg"], abs=0.11), name
-    queries = [3495, 1631, 2863, 2162, 2107, 2897, 1143, 1169, 4071, 3477, 868, 4683, 1901, 3452, 2972, 1312]  # MIRACL's training set
-    assert np.average([report.PAPER_REMOVED[lang] for lang in LANGS], weights=queries) == pytest.approx(report.PAPER_REMOVED["avg"], abs=0.05)
-    assert sum(report.MIRACL_DEV.values()) == 13071 and sum(report.MIRACL_PASSAGES.values()) == pytest.approx(90.4, rel=0.01)
+    sizes = paper["sizes"]
+    weights = [sizes[lang]["train_queries"] for lang in LANGS]
+    assert np.average([paper["eliminated"][lang] for lang in LANGS], weights=weights) == pytest.approx(
+        paper["eliminated"]["avg"], abs=0.05
+    )
+    best = max(paper["weights"], key=lambda row: row["ndcg@10"])
+    assert best["ndcg@10"] == paper["ablations"]["full"]["ndcg@10"] == paper["results"]["Ours BGE"]["avg"]
+    assert all(row["alpha"] + row["beta"] == pytest.approx(row["w"]) for row in paper["weights"])

@@ -1,4 +1,5 @@
-"""The bundled sample is what its script makes, and has what the pipeline needs: hard negatives, planted false ones, the truth."""
+"""The bundled sample is what its script makes: hard negatives, planted false ones, and the truth."""
+
 import filecmp
 import json
 import subprocess
@@ -30,14 +31,21 @@ def test_the_script_makes_the_same_bytes_again(tmp_path):
     for made in sorted(p for p in tmp_path.rglob("*") if p.is_file()):
         assert filecmp.cmp(made, SAMPLE / made.relative_to(tmp_path), shallow=False), made
     assert {p.relative_to(tmp_path) for p in tmp_path.rglob("*")} == {
-        p.relative_to(SAMPLE) for folder in ("data", "truth") for p in (SAMPLE / folder, *(SAMPLE / folder).rglob("*"))}
+        p.relative_to(SAMPLE)
+        for folder in ("data", "truth")
+        for p in (SAMPLE / folder, *(SAMPLE / folder).rglob("*"))
+    }
 
 
 def test_size_and_unevenness():
     queries = Counter(r["lang"] for r in read(SAMPLE / "data/train.jsonl"))
     passages = {p.stem: len(read(p)) for p in SAMPLE.glob("data/corpus/*.jsonl")}
     assert len(queries) == len(passages) == 16
-    assert sum(queries.values()) / 16 >= 24 and min(queries.values()) < 10 and max(queries.values()) > 5 * min(queries.values())
+    assert (
+        sum(queries.values()) / 16 >= 24
+        and min(queries.values()) < 10
+        and max(queries.values()) > 5 * min(queries.values())
+    )
     assert sum(passages.values()) / 16 >= 60
     assert len(json.loads((SAMPLE / "facts.json").read_text("utf-8"))) >= 6  # topics
     assert sum(p.stat().st_size for p in SAMPLE.rglob("*") if p.is_file()) < 3_000_000
@@ -65,8 +73,21 @@ def test_every_entity_has_several_passages_and_no_text_is_left_unfilled():
 
 def test_scaled_collections_have_the_size_asked_for(tmp_path):
     for out in ("a", "b"):
-        subprocess.run([sys.executable, SAMPLE / "make_sample.py", "--scale", "1001", "--queries", "20", "--lang", "th", "--out",
-                        tmp_path / out], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                SAMPLE / "make_sample.py",
+                "--scale",
+                "1001",
+                "--queries",
+                "20",
+                "--lang",
+                "th",
+                "--out",
+                tmp_path / out,
+            ],
+            check=True,
+        )
     corpus = read(tmp_path / "a/corpus/th.jsonl")
     assert len(corpus) == len({p["docid"] for p in corpus}) == 1001
     assert len(read(tmp_path / "a/train.jsonl")) == 20

@@ -1,4 +1,5 @@
 """Stages 02 to 05 run alone on a Tevatron-layout file written by hand."""
+
 import json
 import re
 import sys
@@ -9,12 +10,18 @@ from conftest import ROOT, load_stage, run_stage
 from common import DataError
 
 PASSAGES = {
-    "1#0": ("เมืองหลวง", "กรุงเทพมหานครเป็นเมืองหลวงของประเทศไทย"), "1#1": ("ไทย", "สกุลเงินของประเทศไทยคือบาท"),
-    "2#0": ("서울", "대한민국의 수도는 서울이다."), "2#1": ("부산", "부산은 항구 도시이다."),
-    "3#0": ("تهران", "پایتخت ایران تهران است."), "3#1": ("دماوند", "بلندترین کوه ایران دماوند است."),
-    "4#0": ("", "富士山は日本で最も高い山です。🗻"), "4#1": ("東京", "日本の首都は東京です。"),
-    "5#0": ("Nairobi", "Nairobi is the capital of Kenya."), "5#1": ("Mombasa", "Mombasa lies on the coast of Kenya."),
-    "6#0": ("Kenya", "The capital city of Kenya is called Nairobi."), "6#1": ("Shilling", "People in Kenya pay with shillings."),
+    "1#0": ("เมืองหลวง", "กรุงเทพมหานครเป็นเมืองหลวงของประเทศไทย"),
+    "1#1": ("ไทย", "สกุลเงินของประเทศไทยคือบาท"),
+    "2#0": ("서울", "대한민국의 수도는 서울이다."),
+    "2#1": ("부산", "부산은 항구 도시이다."),
+    "3#0": ("تهران", "پایتخت ایران تهران است."),
+    "3#1": ("دماوند", "بلندترین کوه ایران دماوند است."),
+    "4#0": ("", "富士山は日本で最も高い山です。🗻"),
+    "4#1": ("東京", "日本の首都は東京です。"),
+    "5#0": ("Nairobi", "Nairobi is the capital of Kenya."),
+    "5#1": ("Mombasa", "Mombasa lies on the coast of Kenya."),
+    "6#0": ("Kenya", "The capital city of Kenya is called Nairobi."),
+    "6#1": ("Shilling", "People in Kenya pay with shillings."),
 }
 
 
@@ -23,24 +30,33 @@ def passage(docid):
 
 
 def record(query_id, query, positives, negatives, **more):
-    return {"query_id": query_id, "query": query, "positive_passages": [passage(d) for d in positives],
-            "negative_passages": [passage(d) for d in negatives], **more}
+    return {
+        "query_id": query_id,
+        "query": query,
+        "positive_passages": [passage(d) for d in positives],
+        "negative_passages": [passage(d) for d in negatives],
+        **more,
+    }
 
 
 @pytest.fixture
 def tevatron(tmp_path):
-    """Six English-labelled records without lang, candidates, source, grade or topic, as Tevatron's own files are."""
+    """Six records without lang, candidates, source, grade or topic, as Tevatron's own files are."""
     others = list(PASSAGES)
-    records = [record("q1", "What is the capital of Kenya?", ["5#0"], ["6#0", "5#1", "6#1", "2#1"]),
-               record("q2", "What do people in Kenya pay with?", ["6#1"], ["5#0", "5#1", "1#0", "4#1"]),
-               record("q3", "대한민국의 수도는?", ["2#0"], ["2#1", "4#1", "3#0", "1#1"]),
-               record("q4", "日本で最も高い山は?", ["4#0"], ["4#1", "3#1", "1#1", "5#1"]),
-               record("q5", "پایتخت ایران کجاست؟", ["3#0"], ["3#1", "2#0", "4#1", "5#0"]),
-               record("q6", "สกุลเงินของประเทศไทยคืออะไร", ["1#1"], ["1#0", "2#1", "6#1", "3#1"])]
+    records = [
+        record("q1", "What is the capital of Kenya?", ["5#0"], ["6#0", "5#1", "6#1", "2#1"]),
+        record("q2", "What do people in Kenya pay with?", ["6#1"], ["5#0", "5#1", "1#0", "4#1"]),
+        record("q3", "대한민국의 수도는?", ["2#0"], ["2#1", "4#1", "3#0", "1#1"]),
+        record("q4", "日本で最も高い山は?", ["4#0"], ["4#1", "3#1", "1#1", "5#1"]),
+        record("q5", "پایتخت ایران کجاست؟", ["3#0"], ["3#1", "2#0", "4#1", "5#0"]),
+        record("q6", "สกุลเงินของประเทศไทยคืออะไร", ["1#1"], ["1#0", "2#1", "6#1", "3#1"]),
+    ]
     path = tmp_path / "hand.jsonl"
     path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
     (tmp_path / "data/corpus").mkdir(parents=True)
-    (tmp_path / "data/corpus/en.jsonl").write_text("".join(json.dumps(passage(d), ensure_ascii=False) + "\n" for d in others), "utf-8")
+    (tmp_path / "data/corpus/en.jsonl").write_text(
+        "".join(json.dumps(passage(d), ensure_ascii=False) + "\n" for d in others), "utf-8"
+    )
     return path
 
 
@@ -52,22 +68,55 @@ def read(path):
 def encoder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoder")
     (folder / "data/corpus").mkdir(parents=True)
-    (folder / "data/corpus/en.jsonl").write_text("".join(json.dumps(passage(d), ensure_ascii=False) + "\n" for d in PASSAGES), "utf-8")
-    done = run_stage("sample/make_encoder.py", "--data", folder / "data", "--out", folder / "model", "--steps", 5, "--vocab", 400,
-                     "--width", 32, "--batch-size", 4)
+    (folder / "data/corpus/en.jsonl").write_text(
+        "".join(json.dumps(passage(d), ensure_ascii=False) + "\n" for d in PASSAGES), "utf-8"
+    )
+    done = run_stage(
+        "sample/make_encoder.py",
+        "--data",
+        folder / "data",
+        "--out",
+        folder / "model",
+        "--steps",
+        5,
+        "--vocab",
+        400,
+        "--width",
+        32,
+        "--batch-size",
+        4,
+    )
     assert done.returncode == 0, done.stderr
     return folder / "model"
 
 
 def test_02_filters_negatives_that_nobody_judged(tevatron, tmp_path):
-    done = run_stage("offline_llm.py", "--exec", sys.executable, ROOT / "02_filter_false_negatives.py", "--input", tevatron, "--lang",
-                     "en", "--llm", "offline-stand-in", "--cache", tmp_path / "cache", "--out", tmp_path / "filtered.jsonl")
+    done = run_stage(
+        "offline_llm.py",
+        "--exec",
+        sys.executable,
+        ROOT / "02_filter_false_negatives.py",
+        "--input",
+        tevatron,
+        "--lang",
+        "en",
+        "--llm",
+        "offline-stand-in",
+        "--cache",
+        tmp_path / "cache",
+        "--out",
+        tmp_path / "filtered.jsonl",
+    )
     assert done.returncode == 0, done.stderr
     first = read(tmp_path / "filtered.jsonl")[0]
     assert first["lang"] == "en"
     assert [p["docid"] for p in first["false_negatives"]] == ["6#0"]  # the capital, in other words
     assert [p["docid"] for p in first["negative_passages"]] == ["5#1", "6#1", "2#1"]
-    assert first["false_negatives"][0]["grade"] == min(first["false_negatives"][0][k] for k in ("accuracy", "completeness")) > 0
+    assert (
+        first["false_negatives"][0]["grade"]
+        == min(first["false_negatives"][0][k] for k in ("accuracy", "completeness"))
+        > 0
+    )
 
 
 def test_02_keeps_what_people_judged_without_a_call(tevatron, tmp_path):
@@ -76,16 +125,50 @@ def test_02_keeps_what_people_judged_without_a_call(tevatron, tmp_path):
         for p in r["negative_passages"]:
             p["source"] = "human"
     tevatron.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
-    done = run_stage("02_filter_false_negatives.py", "--input", tevatron, "--lang", "en", "--llm", "none", "--base-url",
-                     "http://127.0.0.1:9/v1", "--cache", tmp_path / "cache", "--out", tmp_path / "filtered.jsonl")  # nobody listens there
+    done = run_stage(
+        "02_filter_false_negatives.py",
+        "--input",
+        tevatron,
+        "--lang",
+        "en",
+        "--llm",
+        "none",
+        "--base-url",
+        "http://127.0.0.1:9/v1",
+        "--cache",
+        tmp_path / "cache",
+        "--out",
+        tmp_path / "filtered.jsonl",
+    )  # nobody listens there
     assert done.returncode == 0, done.stderr
     assert all(len(r["negative_passages"]) == 4 for r in read(tmp_path / "filtered.jsonl"))
 
 
 def test_03_brings_hand_written_records_to_n(tevatron, encoder, tmp_path):
-    done = run_stage("offline_llm.py", "--exec", sys.executable, ROOT / "03_generate_negatives.py", "--input", tevatron, "--lang", "en",
-                     "--data", tmp_path / "data", "--retrievers", encoder, "--llm", "offline-stand-in", "--target", 6, "--cache",
-                     tmp_path / "cache", "--max-drift", 1, "--out", tmp_path / "augmented.jsonl")  # most are no English at all
+    done = run_stage(
+        "offline_llm.py",
+        "--exec",
+        sys.executable,
+        ROOT / "03_generate_negatives.py",
+        "--input",
+        tevatron,
+        "--lang",
+        "en",
+        "--data",
+        tmp_path / "data",
+        "--retrievers",
+        encoder,
+        "--llm",
+        "offline-stand-in",
+        "--target",
+        6,
+        "--cache",
+        tmp_path / "cache",
+        "--max-drift",
+        1,
+        "--out",
+        tmp_path / "augmented.jsonl",
+    )  # most are no English at all
     assert done.returncode == 0, done.stderr
     for r in read(tmp_path / "augmented.jsonl"):
         docids = [p["docid"] for p in r["negative_passages"]]
@@ -94,31 +177,80 @@ def test_03_brings_hand_written_records_to_n(tevatron, encoder, tmp_path):
 
 
 def test_04_and_05_take_hand_written_records(tevatron, encoder, tmp_path):
-    done = run_stage("04_cluster_topics.py", "--input", tevatron, "--lang", "en", "--encoder", encoder, "--topics", 2, "--cache",
-                     tmp_path / "cache", "--out", tmp_path / "topics.jsonl")
+    done = run_stage(
+        "04_cluster_topics.py",
+        "--input",
+        tevatron,
+        "--lang",
+        "en",
+        "--encoder",
+        encoder,
+        "--topics",
+        2,
+        "--cache",
+        tmp_path / "cache",
+        "--out",
+        tmp_path / "topics.jsonl",
+    )
     assert done.returncode == 0, done.stderr
     assert {r["topic"] for r in read(tmp_path / "topics.jsonl")} == {0, 1}
-    for source, flags in ((tmp_path / "topics.jsonl", []), (tevatron, ["--lang", "en", "--no-topic-balance"])):
-        done = run_stage("05_train.py", "--input", source, "--encoder", encoder, "--negatives", 4, "--batch-size", 4, "--epochs", 1,
-                         "--out", tmp_path / "model", *flags)
+    for source, flags in (
+        (tmp_path / "topics.jsonl", []),
+        (tevatron, ["--lang", "en", "--no-topic-balance"]),
+    ):
+        done = run_stage(
+            "05_train.py",
+            "--input",
+            source,
+            "--encoder",
+            encoder,
+            "--negatives",
+            4,
+            "--batch-size",
+            4,
+            "--epochs",
+            1,
+            "--out",
+            tmp_path / "model",
+            *flags,
+        )
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "model/model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("change, complaint", [
-    (lambda r: r.pop("positive_passages"), "hand.jsonl:2: query 'q2' has no positive_passages"),
-    (lambda r: r.update(query=" "), "hand.jsonl:2: 'query' is \" \""),
-    (lambda r: r["negative_passages"][0].update(text=""), "hand.jsonl:2: negative_passages: passage '5#0': 'text' is"),
-    (lambda r: r.update(query_id=7), "hand.jsonl:2: 'query_id' is 7"),
-    (lambda r: r.update(query_id="q1"), "hand.jsonl:2: query 'q1' (en) is there twice")])
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        (lambda r: r.pop("positive_passages"), "hand.jsonl:2: query 'q2' has no positive_passages"),
+        (lambda r: r.update(query=" "), "hand.jsonl:2: 'query' is \" \""),
+        (
+            lambda r: r["negative_passages"][0].update(text=""),
+            "hand.jsonl:2: negative_passages: passage '5#0': 'text' is",
+        ),
+        (lambda r: r.update(query_id=7), "hand.jsonl:2: 'query_id' is 7"),
+        (lambda r: r.update(query_id="q1"), "hand.jsonl:2: query 'q1' (en) is there twice"),
+    ],
+)
 def test_bad_records_stop_every_stage(tevatron, encoder, tmp_path, change, complaint):
     records = read(tevatron)
     change(records[1])
     tevatron.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
-    for script, flags in (("02_filter_false_negatives", ["--llm", "x", "--base-url", "http://127.0.0.1:9/v1"]),
-                          ("04_cluster_topics", ["--encoder", encoder]),
-                          ("05_train", ["--encoder", encoder, "--no-topic-balance", "--negatives", 4])):
-        arguments = ["--input", tevatron, "--lang", "en", *flags, "--cache", tmp_path / "cache", "--out", tmp_path / "out.jsonl"]
+    for script, flags in (
+        ("02_filter_false_negatives", ["--llm", "x", "--base-url", "http://127.0.0.1:9/v1"]),
+        ("04_cluster_topics", ["--encoder", encoder]),
+        ("05_train", ["--encoder", encoder, "--no-topic-balance", "--negatives", 4]),
+    ):
+        arguments = [
+            "--input",
+            tevatron,
+            "--lang",
+            "en",
+            *flags,
+            "--cache",
+            tmp_path / "cache",
+            "--out",
+            tmp_path / "out.jsonl",
+        ]
         if script == "05_train":
             arguments = [a for a in arguments if a not in ("--cache", tmp_path / "cache")]
         with pytest.raises(DataError, match=re.escape(complaint)):
@@ -128,14 +260,39 @@ def test_bad_records_stop_every_stage(tevatron, encoder, tmp_path, change, compl
 
 def test_bad_input_is_one_line_and_exit_status_2(tevatron, tmp_path):
     tevatron.write_text(tevatron.read_text("utf-8") + '{"query_id": "q7", "que', "utf-8")
-    done = run_stage("02_filter_false_negatives.py", "--input", tevatron, "--lang", "en", "--llm", "x", "--base-url",
-                     "http://127.0.0.1:9/v1", "--max-unjudged", 1, "--dry-run", "--out", tmp_path / "out.jsonl")
-    assert done.returncode == 2 and "hand.jsonl:7: not a JSON object" in done.stderr and len(done.stderr.splitlines()) == 1
+    done = run_stage(
+        "02_filter_false_negatives.py",
+        "--input",
+        tevatron,
+        "--lang",
+        "en",
+        "--llm",
+        "x",
+        "--base-url",
+        "http://127.0.0.1:9/v1",
+        "--max-unjudged",
+        1,
+        "--dry-run",
+        "--out",
+        tmp_path / "out.jsonl",
+    )
+    assert (
+        done.returncode == 2
+        and "hand.jsonl:7: not a JSON object" in done.stderr
+        and len(done.stderr.splitlines()) == 1
+    )
 
 
-@pytest.mark.parametrize("flags, complaint", [
-    ([], "no 'lang'; name the file's language with --lang CODE"), (["--lang", "en", "--negatives", "4"], "no 'topic'; make it with"),
-    (["--lang", "en", "--negatives", "5"], "has 4 negatives, --negatives wants 5")])
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        ([], "no 'lang'; name the file's language with --lang CODE"),
+        (["--lang", "en", "--negatives", "4"], "no 'topic'; make it with"),
+        (["--lang", "en", "--negatives", "5"], "has 4 negatives, --negatives wants 5"),
+    ],
+)
 def test_records_that_cannot_be_trained_on_say_what_to_do(tevatron, encoder, tmp_path, flags, complaint):
     with pytest.raises(DataError, match=re.escape(complaint)):
-        load_stage("05_train").main(["--input", str(tevatron), "--encoder", str(encoder), "--out", str(tmp_path / "m"), *flags])
+        load_stage("05_train").main(
+            ["--input", str(tevatron), "--encoder", str(encoder), "--out", str(tmp_path / "m"), *flags]
+        )

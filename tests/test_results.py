@@ -1,0 +1,120 @@
+"""RESULTS.md and the README's tables are what bench/results.py writes from results/*.json."""
+
+import json
+import re
+import shlex
+import sys
+
+import pytest
+from conftest import ROOT, load_stage
+
+sys.path.insert(0, str(ROOT / "bench"))
+import results  # noqa: E402
+
+PAGE = (ROOT / "RESULTS.md").read_text("utf-8")
+
+
+def test_the_page_is_made_again_to_the_same_bytes():
+    assert results.page() == PAGE
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert results.fill(readme) == readme
+
+
+def test_every_result_is_on_the_page():
+    text = results.PAGE + (ROOT / "README.md").read_text("utf-8")
+    for path in (ROOT / "results").glob("*.json"):
+        if path.stem not in ("records", "rates"):  # the README's records; SCALING.md's rates
+            assert re.search(rf"\{{\{{\w+ (\S+ )*{path.stem}\b", text), path
+    for path in (ROOT / "results").rglob("*.png"):
+        assert f"({path.relative_to(ROOT)})" in PAGE, path
+
+
+def test_no_number_of_the_page_is_typed_by_hand():
+    """Numbers in the script's own text are names, flags with their values, and the units of tokens."""
+    text = re.sub(r"^```bash\n.*?^```$", "", results.PAGE, flags=re.M | re.S)
+    text = re.sub(r"\{\{.*?\}\}|`[^`]*`|\*\*[^*]*\*\*|bytes / 4|16 languages", "", text)
+    assert re.findall(r".*\d.*", text) == []
+
+
+def test_a_missing_result_is_said_to_be_missing():
+    for view in ("scores", "figure", "figures", "ablations", "main"):
+        text = results.table(view, "no-such-file")
+        assert "Not measured yet" in text and "results/no-such-file.json" in text
+    assert "no-such-file" not in results.table("costs", "sample", "no-such-file")
+
+
+def test_the_readmes_table_calls_the_rows_by_what_they_are():
+    rows = results.table("main", "minimiracl").splitlines()[2:]
+    called = [row.split(" | ")[0].strip("| ") for row in rows if row.startswith("|")]
+    assert called == [
+        "BM25",
+        "encoder it starts from",
+        "naive top-k, mixed batches, no weights",
+        "full method",
+    ]
+    models = list(json.loads((ROOT / "results/minimiracl.json").read_text("utf-8"))["models"].values())
+    assert f"**{100 * models[-1]['avg']['ndcg@10']:.1f}**" in rows[3]
+
+
+def test_commands_use_flags_that_exist():
+    text = PAGE.replace("\\\n", " ")
+    found = re.findall(r"^python (0\d\w+\.py) (.*)$", text, re.M)
+    assert len(found) == 3
+    for script, arguments in found:
+        load_stage(script.removesuffix(".py")).build_parser().parse_args(shlex.split(arguments))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """What a run leaves that --collect reads."""
+
+    def write(path, content):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content if isinstance(content, str) else json.dumps(content), "utf-8")
+
+    meta = {"seconds": 2.5, "peak_memory_mb": 100, "counts": {}, "versions": {"torch": "2"}}
+    counts = {"passages": 10, "train_queries": 4, "dev_queries": 2}
+    calls = {"llm": {"asked": 7, "prompt_tokens": 70, "completion_tokens": 9}}
+    scores = {"sw": {"ndcg@10": 0.5, "recall@100": 1.0, "queries": 2}}
+    write(tmp_path / "data.meta.json", meta | {"script": "00_prepare_data.py", "counts": counts})
+    write(
+        tmp_path / "run/filtered.jsonl.meta.json",
+        meta | {"script": "02_filter.py", "counts": {"calls": calls}},
+    )
+    write(
+        tmp_path / "run/eval/metrics.json.meta.json", meta | {"script": "06_eval.py", "peak_memory_mb": 300}
+    )
+    write(
+        tmp_path / "run/eval/metrics.json",
+        {
+            "settings": {"data": str(tmp_path / "data"), "zero_shot": [], "baseline": None},
+            "tests": {},
+            "models": {"bm25": scores | {"avg": scores["sw"]}},
+        },
+    )
+    write(tmp_path / "run/eval/report.md", "# Report\n\n![bm25: 50.0](figures/scores.png)\n")
+    write(tmp_path / "run/eval/figures/scores.png", "a figure")
+    return tmp_path / "run"
+
+
+def test_a_run_is_collected(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    (tmp_path / "results").mkdir()
+    results.collect(run, "mine", "me")
+    made = results.load("mine")
+    assert made["sizes"] == {
+        "passages": 10,
+        "train_queries": 4,
+        "dev_queries": 2,
+        "llm_calls": 7,
+        "prompt_tokens": 70,
+        "completion_tokens": 9,
+    }
+    assert made["total"] == {"seconds": 7.5, "peak_memory_mb": 300} and made["made"]["by"] == "me"
+    assert (tmp_path / "results/figures/mine-scores.png").read_text() == "a figure"
+    assert (
+        results.table("figures", "mine", "scores", "loss") == "![bm25: 50.0](results/figures/mine-scores.png)"
+    )
+    assert "| bm25 | **50.0** | 100.0 | 50.0 |  |" in results.table("scores", "mine")
+    assert "`results/mine.json` | bm25 50.0 | me |" in results.table("log")
+    assert "| `02_filter.py` | 2.5 | 100 |" in results.table("costs", "mine")

@@ -161,7 +161,7 @@ def load_model(folder, device):
         if "pooler" not in str(model[0].modality_config):
             missing = {name for name in missing if "pooler." not in name}  # nothing reads it
         if missing:
-            raise ValueError(f"no weights for {min(missing)} and {len(missing)} in all; other names?")
+            raise ValueError(f"{len(missing)} weights are missing, {min(missing)} first; renamed?")
         return model.eval()
     except Exception as error:  # safetensors, tokenizers and the model classes raise their own kinds
         raise DataError(f"{folder}: no encoder to be used ({str(error)[:200]}); fetch or save the model "

@@ -224,6 +224,11 @@ def test_the_folders_similarity_decides_the_length_of_vectors(tmp_path):
         )
         lengths = np.linalg.norm(Encoder(folder, "cpu").encode(texts(5), "query"), axis=1)
         assert np.allclose(lengths, 1, atol=1e-5) == unit
+    folder = sentence_transformer(tmp_path / "unit", WORDS, similarity="dot")  # with a Normalize module
+    plain, longer = Encoder(folder, "cpu"), Encoder(folder, "cpu", settings=["normalise=no"])
+    longest, unit = (np.linalg.norm(ours.encode(["w1"], "query")) for ours in (longer, plain))
+    assert longest > 1.1 > unit
+    assert longer.fingerprint("query") != plain.fingerprint("query")
     folder = sentence_transformer(tmp_path / "far", WORDS, similarity="euclidean")
     with pytest.raises(DataError, match="similarity 'euclidean', want cosine or dot"):
         Encoder(folder, "cpu")
@@ -381,10 +386,10 @@ def without_tokenizer(folder):
         (lambda f: (f / "modules.json").write_text("["), "no encoder to be used"),
         (lambda f: (f / "config_sentence_transformers.json").write_text("["), "not JSON"),
         (lambda f: (f / "2_Dense" / "model.safetensors").unlink(), "no encoder to be used"),
-        (rename_weights, r"no weights for embeddings.LayerNorm.bias and \d+ in all"),
+        (rename_weights, r"\d+ weights are missing, embeddings.LayerNorm.bias first"),
         (
             lambda f: drop_weights(f, "layer.1.output.dense.bias"),
-            "no weights for encoder.layer.1.output.dense.bias and 1 in all",
+            "1 weights are missing, encoder.layer.1.output.dense.bias first",
         ),
         (lambda f: change_json(f / "config.json", hidden_size=64), "no encoder to be used"),
         (
@@ -455,6 +460,8 @@ def test_cached_vectors_are_found_again_without_the_model(tmp_path, monkeypatch)
     again = Encoder(str(tmp_path / "renamed"), "cpu").encode_cached(those, "passage", tmp_path / "cache")
     assert np.array_equal(first, again)
     (path,) = (tmp_path / "cache").rglob("*.npy")
+    with pytest.raises(DataError, match="20 rows, want 21"):
+        encoder.load_rows(path, 21)
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(DataError, match="cannot be read .*delete it"):
         Encoder(str(tmp_path / "renamed"), "cpu").encode_cached(those, "passage", tmp_path / "cache")

@@ -210,6 +210,7 @@ def batches(queries, args):
 
 
 def write_batches(path, plan):
+    """--log-batches: a line a step."""
     with atomic(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
         for step, (lang, batch, _) in enumerate(plan, 1):
             file.write(dump({"step": step, "lang": lang, "query_ids": [query.query_id for query in batch],
@@ -336,16 +337,10 @@ class Embedding:
             yield self.encoder.forward([self.token_ids[row] for row in rows], self.kind)
 
     def backward(self):
+        """From the gradient of the vectors to that of the weights."""
         parts = self.forward() if self.args.chunk_tokens else self.parts
         for rows, part in zip(self.chunks, parts):
             part.backward(self.vectors.grad[rows])
-
-
-def keep_freed_memory():
-    """Let glibc keep freed blocks of up to 1 GB: half of the CPU time of a step went to page faults."""
-    if sys.platform == "linux":
-        for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, 1 << 30)
 
 
 def share_gradients(parameters):
@@ -399,7 +394,6 @@ def train(args, encoder, queries, dev_queries, folder, run_key):
     the batches are drawn again, and each step seeds its own dropout.
     """
     import torch
-    keep_freed_memory()
     model, parameters = encoder.model, list(encoder.model.parameters())
     optimizer = torch.optim.Adam(parameters, fused=True)
     state, log = resume(folder, model, optimizer, run_key)
@@ -453,6 +447,7 @@ def train(args, encoder, queries, dev_queries, folder, run_key):
 
 
 def check_finite(step, loss, norm, lang, batch, folder):
+    """DataError before a step that would ruin the weights."""
     if not math.isfinite(loss + norm):
         ids = " ".join(query.query_id for query in batch)
         raise DataError(f"step {step}: loss {loss}, gradient norm {norm}, {lang} queries {ids}; "
@@ -494,6 +489,7 @@ def resume(folder, model, optimizer, run_key):
 
 
 def save(path, content):
+    """Of the first process; the others hold the same."""
     import torch
     if RANK == 0:
         with atomic(path) as temporary:
@@ -507,7 +503,7 @@ def main(argv=None):
         return
     queries, dev_queries = hold_out(read_index(args), args.dev_share, args.seed)
     if not queries or args.no_in_batch and not args.negatives:
-        raise DataError(f"{args.input}: nothing to train on; check the file, --lang, --dev-share and --negatives")
+        raise DataError(f"{args.input}: nothing to train on; check --lang, --dev-share and --negatives")
     args.epoch_steps = math.ceil(len(queries) / args.batch_size)
     n_steps = min(args.epochs * args.epoch_steps, args.max_steps or math.inf)
     if args.log_batches and RANK == 0:
@@ -524,6 +520,9 @@ def main(argv=None):
     encoder = from_flags(args.encoder, args)
     encoder.similarity = "cosine"  # as the loss wants it, whatever the maker used
     args.temperature = args.temperature or encoder.default_temperature
+    if sys.platform == "linux":
+        for option in (-3, -1):  # glibc's M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: keep freed blocks up to 1 GB,
+            ctypes.CDLL(None).mallopt(option, 1 << 30)  # else half of a step's CPU time goes to page faults
     if args.gradient_checkpointing:
         encoder.model.gradient_checkpointing_enable()
     state = train(args, encoder, queries, dev_queries, folder, output.key(output.meta))
@@ -542,9 +541,10 @@ def finish(args, encoder, queries, dev_queries, folder, state, output):
             say(f"warning: {lang}: dev MRR@10 is {values['mrr@10']:.2f} in the epoch kept, was {highest:.2f}")
     encoder.report_cut()
     encoder.model.load_state_dict(torch.load(folder / "best.pt", weights_only=True, map_location="cpu"))
-    counts = {"steps": state["step"], "processes": WORLD, "clipped": round(state["clipped"] / state["step"], 4),
-              "train_queries": len(queries), "dev_queries": len(dev_queries), "temperature": args.temperature,
-              "best_dev_mrr@10": round(state["best"], 4) if dev_queries else None, "dev": state["dev"],
+    counts = {"steps": state["step"], "clipped": round(state["clipped"] / state["step"], 4),
+              "train_queries": len(queries), "dev_queries": len(dev_queries), "processes": WORLD,
+              "temperature": args.temperature, "dev": state["dev"],
+              "best_dev_mrr@10": round(state["best"], 4) if dev_queries else None,
               "peak_gpu_mb": torch.cuda.max_memory_allocated() >> 20,
               "by_lang": {lang: len(members) for lang, members in by_language(queries).items()}}
     with atomic_folder(args.out) as model:

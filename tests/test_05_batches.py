@@ -62,7 +62,7 @@ def plan(tmp_path, records, *flags):
 
 
 def check(lines, records, batch_size=24, topic_power=0):
-    """What holds for every batch, from log and records alone; returns how many there were of each language."""
+    """What holds for every batch, from log and records alone; returns how many each language had."""
     of = {(r["lang"], r["query_id"]): r for r in records}
     marks = {}
     for key, r in of.items():
@@ -134,7 +134,7 @@ def check_masks(lines, records, every=10):
 def miracl(root):
     """The training queries of a MIRACL folder with their positives; stand-in texts, topics of skewed size.
 
-    Twenty positives of each language are popular: three are hard negatives, three known false ones of a query.
+    Twenty positives of each language are popular: three are hard negatives, three known false ones.
     """
     records = []
     for folder in sorted(root.glob("miracl-v1.0-*")):

@@ -44,8 +44,8 @@ def passage(docid):
 
 def batch():
     """Four queries: p1's false negative is q0's positive, q2's negative is one of q3's positives."""
-    records = [{"query_id": f"q{q}", "lang": "ko", "query": f"질문 {q}", "positive_passages": [passage(f"p{q}")],
-                "false_negatives": [],
+    records = [{"query_id": f"q{q}", "lang": "ko", "query": f"질문 {q}", "false_negatives": [],
+                "positive_passages": [passage(f"p{q}")],
                 "negative_passages": [passage(f"n{q}{j}") for j in range(3)]}
                for q in range(4)]
     records[1]["false_negatives"] = [passage("p0")]

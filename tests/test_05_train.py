@@ -29,7 +29,7 @@ TEXTS = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """topics.jsonl (52 queries, 4 languages, 3 topics) and encoder/, a BERT of 2 layers x 32 without dropout."""
+    """topics.jsonl (52 queries, 4 languages, 3 topics), encoder/, a BERT of 2 layers, without dropout."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
     top = tmp_path_factory.mktemp("train")
@@ -56,8 +56,8 @@ def made(tmp_path_factory):
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
     torch.manual_seed(1)
     for name, dropout in (("encoder", 0.0), ("dropout", 0.1)):
-        config = BertConfig(vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-                            intermediate_size=64, hidden_dropout_prob=dropout,
+        config = BertConfig(vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2,
+                            num_attention_heads=2, intermediate_size=64, hidden_dropout_prob=dropout,
                             attention_probs_dropout_prob=dropout)
         BertModel(config).save_pretrained(top / name)
         fast.save_pretrained(top / name)
@@ -65,8 +65,9 @@ def made(tmp_path_factory):
 
 
 def arguments(made, out, *flags, encoder="encoder"):
-    fixed = ["--input", made / "topics.jsonl", "--encoder", made / encoder, "--negatives", 3, "--batch-size", 4,
-             "--lr", "3e-4", "--temperature", 0.1, "--epochs", 3, "--device", "cpu", "--out", made / out]
+    fixed = ["--input", made / "topics.jsonl", "--encoder", made / encoder, "--negatives", 3,
+             "--batch-size", 4, "--lr", "3e-4", "--temperature", 0.1, "--epochs", 3, "--device", "cpu",
+             "--out", made / out]
     return [str(word) for word in [*fixed, *flags]]
 
 
@@ -98,9 +99,9 @@ KILLER = """
 import os, random, signal, sys
 sys.path[:0] = [{tests!r}]
 from conftest import load_stage
-from transformers import AutoModel, AutoTokenizer, BertModel, PreTrainedTokenizerFast  # once, not in every child
+from transformers import AutoModel, AutoTokenizer, BertModel, PreTrainedTokenizerFast  # once for all
 stage, draw, kills = load_stage("05_train"), random.Random(7), 0
-while True:  # each child is a process of its own that dies by SIGKILL in the middle of its 3rd, 4th or 5th step
+while True:  # each child is a process that dies by SIGKILL in the middle of its 3rd, 4th or 5th step
     steps, child = draw.randint(2, 4) if kills < 10 else 10**9, os.fork()
     if child == 0:
         def dying(*args, real=stage.contrastive_loss):
@@ -174,7 +175,7 @@ def test_the_checkpoint_does_not_grow(made, monkeypatch):
 
 
 def weights_by_formula(made, records, weighting):
-    """{(lang, query_id): w} from the files alone: what is drawn is what --log-batches says of 1,000 batches."""
+    """{(lang, query_id): w} from the files alone; what is drawn is what --log-batches says."""
     if weighting == "none":
         return {(r["lang"], r["query_id"]): 1.0 for r in records}
     flags = ["--batch-size", 24, "--dev-share", 0, "--epochs", 334, "--max-steps", 0]
@@ -243,7 +244,8 @@ def test_the_loop_s_loss_and_gradient_are_those_of_the_formula(made, weighting, 
     assert len(batch["query_ids"]) == {"th": 17, "ko": 19, "fa": 11, "sw": 5}[batch["lang"]]
     loss, norm = by_formula(made, batch, weighting, weight_on, 24 if "shrink" in flags else None)
     line = log_of(made, out)[0]
-    assert line["loss"] == pytest.approx(loss, rel=1e-5) and line["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert line["loss"] == pytest.approx(loss, rel=1e-5)
+    assert line["grad_norm"] == pytest.approx(norm, rel=1e-4)
     plain, _ = by_formula(made, batch, "none", "loss")
     assert line["plain_loss"] == pytest.approx(plain, rel=1e-5) and 0 <= line["accuracy"] <= 1
 
@@ -310,7 +312,8 @@ def two_processes(made):
 def test_two_processes_that_share_each_batch_train_as_one(one_process, two_processes, out, one):
     """Also with gradients cached in chunks, and where a process has no query of the batch."""
     made = one_process
-    assert difference(weights_of(made, out), weights_of(made, one)) < 5e-5  # Adam enlarges the rounding of gradients near zero
+    # Adam enlarges the rounding of gradients near zero
+    assert difference(weights_of(made, out), weights_of(made, one)) < 5e-5
     assert difference(weights_of(made, one), load_file(made / "encoder/model.safetensors")) > 1e-3
     assert len(log_of(made, out)) == len(log_of(made, one))
     for ours, theirs in zip(log_of(made, out), log_of(made, one), strict=True):
@@ -498,7 +501,8 @@ def test_gradients_are_clipped_only_where_asked_for_and_the_share_is_told(made):
     free, clipped = ([line for line in log_of(made, out) if "loss" in line] for out in ("free", "clipped"))
     assert max(line["grad_norm"] for line in free) > 1
     norms = [line["grad_norm"] for line in clipped]
-    counts = [json.loads((made / f"{out}.meta.json").read_text("utf-8"))["counts"] for out in ("free", "clipped")]
+    metas = [made / "free.meta.json", made / "clipped.meta.json"]
+    counts = [json.loads(path.read_text("utf-8"))["counts"] for path in metas]
     assert counts[0]["clipped"] == 0
     assert counts[1]["clipped"] == pytest.approx(sum(norm > 0.05 for norm in norms) / len(norms), abs=1e-4)
     assert f'"clipped": {counts[1]["clipped"]}' in (made / "clipped/README.md").read_text("utf-8")
@@ -530,9 +534,11 @@ def validated(tmp_path, scores, records):
 
 
 def dev_record(query_id, positives, negatives, false=()):
-    positives, negatives, false = ([{"docid": d, "text": d} for d in docids] for docids in (positives, negatives, false))
-    return {"query_id": query_id, "lang": "th", "query": "q", "positive_passages": positives,
-            "negative_passages": negatives, "false_negatives": false}
+    def passages(docids):
+        return [{"docid": docid, "text": docid} for docid in docids]
+
+    return {"query_id": query_id, "lang": "th", "query": "q", "positive_passages": passages(positives),
+            "negative_passages": passages(negatives), "false_negatives": passages(false)}
 
 
 def test_validation_ranks_the_best_positive_and_is_cut_at_ten(tmp_path):
@@ -579,8 +585,8 @@ def test_checkpointed_activations_give_the_same_weights(made):
 
 FLAGS = ["--weighting none", "--weighting proportional", "--weight-on negatives", "--alpha 2", "--beta 2",
          "--short-batch shrink", "--warmup 0.9", "--negatives 2", "--negatives 0", "--no-in-batch",
-         "--topic-power 1", "--language-power 1", "--mixed", "--clip 0.05", "--dtype bf16", "--query-max-len 2",
-         "--passage-max-len 3"]
+         "--topic-power 1", "--language-power 1", "--mixed", "--clip 0.05", "--dtype bf16",
+         "--query-max-len 2", "--passage-max-len 3"]
 
 
 @pytest.mark.parametrize("flags", FLAGS)

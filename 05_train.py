@@ -4,9 +4,10 @@ Source  Sec. 3.5. A batch holds one language and as many topics as that has, bot
         the mean of w(q) L(q), L(q) = -log( exp(s(q,d+)/t) / sum_d exp(s(q,d)/t) ): s cosine, t temperature,
         d+ a positive of query q, d also its hard negatives and the other passages of the batch.
         w(q) = alpha g(language) + beta g(topic); the paper has no formula ("based on the portion of each
-        category"). Here g is the inverse of the share of the training queries (--weighting), of mean 1:
-        w averages alpha + beta = 0.85, as in the best row of Table 9.
-Reads   topics.jsonl of stage 04, or Tevatron's layout with lang and topic (without topic: --no-topic-balance)
+        category"). Here g = p^-1/2, p the share of the training queries, at 1/2 to 2 times its median over
+        the queries drawn, scaled to mean 1 over them: w averages alpha + beta = 0.85, as in the best row of
+        Table 9, and is at most 4 times its median. A topic is its number, whatever the language.
+Reads   topics.jsonl of stage 04, or Tevatron's layout with lang and topic (without topic: --topic-power 1)
 Writes  OUT/ a sentence-transformers folder with card and train_log.jsonl; OUT.checkpoint/ until it is done
 Usage   python 05_train.py --input runs/sample/topics.jsonl --encoder models/sample --out runs/sample/model
         torchrun --nproc-per-node 8 05_train.py ...    the processes share each batch and all its passages
@@ -33,6 +34,8 @@ from encoder import encoder_flags, from_flags
 
 DEV_QUERIES = 100  # held-out queries a language that validation reads, whose passages they search
 FALL = 0.05        # MRR@10 below a language's best epoch that is worth a warning
+TIE = 1e-6         # scores this close are equal
+DRAWS = 1000       # batches, or an epoch if that is more, over which the weights average
 RANK = int(os.environ.get("RANK", "0"))         # torchrun's: this process ...
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))  # ... of so many
 
@@ -45,25 +48,29 @@ def build_parser():
     flag("--epochs", type=positive_int, default=20, help="of as many queries as there are (Sec. 4.1)")
     flag("--max-steps", type=whole, metavar="S", help="stop after S steps; 0: only write --log-batches")
     flag("--batch-size", type=positive_int, default=24, help="queries a step, of all processes (Sec. 4.1)")
-    flag("--negatives", type=positive_int, default=7, help="hard negatives a query, others each time")
+    flag("--negatives", type=whole, default=7, help="hard negatives a query, others each time (Sec. 4.1)")
+    flag("--no-in-batch", action="store_true", help="own negatives only, not the batch's other passages")
     flag("--lr", type=positive_float, default=2e-6, help="highest learning rate (Sec. 4.1: mBERT, mDPR 3e-6)")
     flag("--warmup", type=share, default=0.1, help="share of the steps in which it rises; then it falls to 0")
+    flag("--clip", type=positive_float, metavar="NORM",
+         help="clip gradients; undoes a language's weight, since a batch holds one language; default: off")
     flag("--temperature", type=positive_float, help="t; default: 0.01 for E5, else 0.02, as their makers")
     flag("--alpha", type=positive_float, default=0.45, help="mean weight of the language (Table 9)")
     flag("--beta", type=positive_float, default=0.40, help="mean weight of the topic (Table 9)")
     flag("--weighting", choices=["inverse", "proportional", "uniform", "none"], default="inverse",
-         help="g(p): 1/p favours rare languages and topics; p; 1; none: w(q) = 1 (Sec. 3.5)")
+         help="g: p^-1/2, bounded as said above; p^1/2, bounded; 1; none: w(q) = 1")
     flag("--weight-on", choices=["loss", "negatives"], default="loss",
          help="multiply the query's loss by w(q), or its negatives' terms in the sum (Sec. 3.5 says both)")
-    flag("--language-sampling", choices=["uniform", "proportional", "temperature"], default="uniform",
-         help="steps of a language: equal, as its share, or as its square root (Sec. 3.5: uniform)")
-    flag("--no-same-language", action="store_true", help="batches of mixed languages (Table 7)")
-    flag("--no-topic-balance", action="store_true", help="ignore topics when making batches (Table 7)")
+    flag("--language-power", type=share, default=0.0, metavar="P",
+         help="a language is drawn by its share to the power P: 0 uniform (Sec. 3.5), 1 as the data is")
+    flag("--topic-power", type=share, default=0.0, metavar="P", help="the same for the topics in a batch")
+    flag("--mixed", action="store_true", help="batches of all languages, as they come (Table 7)")
     flag("--short-batch", choices=["reuse", "shrink"], default="reuse",
-         help="a language's queries are used up in mid-batch: go on with used ones, none twice; or leave "
-              "the batch short, its loss scaled by its size")
+         help="a topic that runs out in mid-batch gives used queries, but none twice a batch; or none, and "
+              "the loss of a batch that stays short is scaled by its size")
     flag("--chunk-tokens", type=positive_int, metavar="T",
          help="cache gradients: T tokens in memory at a time; the same gradients, a third more time")
+    flag("--gradient-checkpointing", action="store_true", help="keep fewer activations; a third more time")
     flag("--dev-share", type=share, default=0.1, help="share of each language held out (Sec. 4.1)")
     flag("--patience", type=positive_int, metavar="E", help="stop when E epochs brought no better dev score")
     flag("--log-batches", metavar="FILE", help="write batches: step, lang, query_ids, topics, langs")
@@ -84,7 +91,7 @@ class Query:
     query_id: str
     topic: int
     offset: int   # of its line in the file
-    marks: tuple  # hashes of its positives, which no other query of a batch may share
+    marks: tuple  # hashes of its question and its positives, which no other query of a batch may share
 
 
 def read_index(args):
@@ -98,7 +105,7 @@ def read_index(args):
         if record is None or args.lang and record["lang"] not in args.lang:
             continue
         key = record["lang"], record["query_id"]
-        topic = record.get("topic", 0 if args.no_topic_balance else None)
+        topic = record.get("topic", 0 if args.topic_power == 1 else None)
         n_negatives = len(record.get("negative_passages", []))
         where = f"{args.input}:{number}: query {key[1]!r} ({key[0]})"
         if key in seen:
@@ -108,10 +115,10 @@ def read_index(args):
                             "all to N with 03_generate_negatives.py, or lower --negatives")
         if type(topic) is not int:
             raise DataError(f"{where}: 'topic' is {json.dumps(topic)[:40]}, want a whole number; make it "
-                            "with 04_cluster_topics.py, or pass --no-topic-balance")
+                            "with 04_cluster_topics.py, or drop it and pass --topic-power 1")
         seen.add(key)
-        marks = tuple(hash((key[0], p["docid"])) for p in record["positive_passages"])
-        queries.append(Query(*key, topic, end - len(line), marks))
+        marks = [normalise(record["query"]), *((key[0], p["docid"]) for p in record["positive_passages"])]
+        queries.append(Query(*key, topic, end - len(line), tuple(map(hash, marks))))
         if len(queries) == args.limit:
             break
     return queries
@@ -142,72 +149,68 @@ def hold_out(queries, dev_share, seed):
 
 # --------------------------------------------------------------------------- batches (Sec. 3.5)
 
-class Pool:
-    """The queries of one language: each is used once before one is used again."""
+class Sampler:
+    """Queries of a language (or all): a shuffled queue a topic, refilled on its own, least used first."""
 
     def __init__(self, members, args, draw):
-        self.members, self.args, self.draw, self.uses = members, args, draw, Counter()
-        self.left = {}  # {topic: queries not used in this pass}, shuffled, the least used last
-
-    def refill(self):
-        self.left = defaultdict(list)
-        self.draw.shuffle(self.members)
-        for query in sorted(self.members, key=lambda query: -self.uses[query]):
-            self.left[0 if self.args.no_topic_balance else query.topic].append(query)
+        self.args, self.draw, self.uses = args, draw, Counter()
+        self.members = defaultdict(list)
+        for query in members:
+            self.members[query.topic].append(query)
+        self.queue = {topic: [] for topic in sorted(self.members)}
 
     def take(self, size):
-        """Up to size queries: none twice, no positive in common, topics as even as what is left allows."""
-        batch, n_of = [], Counter()
-        if not any(self.left.values()):
-            self.refill()
-        self.fill(batch, n_of, size)
-        if len(batch) < min(size, len(self.members)) and self.args.short_batch == "reuse":
-            self.refill()
-            self.fill(batch, n_of, size)
-        self.uses.update(batch)
-        return batch
-
-    def fill(self, batch, n_of, size):
-        """Add to batch one by one, from the topic that has fewest in it and still has a query that fits."""
-        taken = {mark for query in batch for mark in query.marks}
-        topics = {topic for topic in self.left if self.left[topic]}
-        while len(batch) < size and topics:
-            topic = min(sorted(topics), key=lambda topic: (n_of[topic], self.draw.random()))
-            query = next((q for q in reversed(self.left[topic]) if taken.isdisjoint(q.marks)), None)
+        """Up to size queries, no two with a common mark; at --topic-power 0 topics differ by at most one."""
+        batch, taken, n_of, topics = [], set(), Counter(), list(self.queue)
+        while topics and len(batch) < size:
+            if self.args.topic_power:
+                portion = [len(self.members[topic]) ** self.args.topic_power for topic in topics]
+                topic = self.draw.choices(topics, portion)[0]
+            else:
+                topic = min(topics, key=lambda topic: (n_of[topic], self.draw.random()))
+            query = self.fitting(topic, taken, refill=self.args.short_batch == "reuse" or not n_of[topic])
             if query is None:
                 topics.remove(topic)
                 continue
-            self.left[topic].remove(query)
-            batch.append(query)
-            taken.update(query.marks)
+            self.queue[topic].remove(query)
+            self.uses[query] += 1
             n_of[topic] += 1
+            taken.update(query.marks)
+            batch.append(query)
+        return batch
+
+    def fitting(self, topic, taken, refill):
+        """The first query of the topic's queue that has no mark in taken; None where a refill gives none."""
+        fits = (query for query in self.queue[topic] if taken.isdisjoint(query.marks))
+        query = next(fits, None)
+        if query is None and refill:
+            self.draw.shuffle(self.members[topic])
+            self.queue[topic] = sorted(self.members[topic], key=lambda query: self.uses[query])
+            return self.fitting(topic, taken, refill=False)
+        return query
 
 
 def batches(queries, args):
     """Yield for ever (language or "mixed", queries, how often each was used before), by the seed alone.
 
-    An epoch holds the languages' shares of its batches to within one, in random order.
+    The language that is owed most is next, by chance among equals: each has its portion to within one batch.
     """
     draw = random.Random(f"{args.seed}:batches")
-    groups = {"mixed": list(queries)} if args.no_same_language else by_language(queries)
-    pools = {lang: Pool(members, args, draw) for lang, members in groups.items()}
-    power = {"uniform": 0, "proportional": 1, "temperature": 0.5}[args.language_sampling]
-    portion = {lang: len(members) ** power for lang, members in groups.items()}
-    owed = dict.fromkeys(pools, 0.0)  # batches that a language has coming
+    groups = {"mixed": queries} if args.mixed else by_language(queries)
+    samplers = {lang: Sampler(members, args, draw) for lang, members in groups.items()}
+    portion = {lang: len(members) ** args.language_power for lang, members in groups.items()}
+    owed = dict.fromkeys(groups, 0.0)
     while True:
-        epoch = []
-        for _ in range(math.ceil(len(queries) / args.batch_size)):
-            for lang in pools:
-                owed[lang] += portion[lang] / sum(portion.values())
-            epoch.append(max(pools, key=lambda lang: round(owed[lang], 6)))
-            owed[epoch[-1]] -= 1
-        draw.shuffle(epoch)
-        for lang in epoch:
-            batch = pools[lang].take(args.batch_size)
-            yield lang, batch, [pools[lang].uses[query] - 1 for query in batch]
+        for lang in groups:
+            owed[lang] += portion[lang] / sum(portion.values())
+        lang = max(groups, key=lambda lang: (round(owed[lang], 6), draw.random()))
+        owed[lang] -= 1
+        batch = samplers[lang].take(args.batch_size)
+        yield lang, batch, [samplers[lang].uses[query] - 1 for query in batch]
 
 
 def write_batches(path, plan):
+    """--log-batches: a line a step."""
     with atomic(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
         for step, (lang, batch, _) in enumerate(plan, 1):
             file.write(dump({"step": step, "lang": lang, "query_ids": [query.query_id for query in batch],
@@ -218,7 +221,7 @@ def write_batches(path, plan):
 def choose(record, visit, args):
     """[positive, negatives ...] for a query's visit-th use: each is used once before one repeats."""
     draw = random.Random(f"{args.seed}:{record['lang']}:{record['query_id']}")
-    negatives, positives = record["negative_passages"], record["positive_passages"]
+    negatives, positives = record.get("negative_passages", []), record["positive_passages"]
     order = draw.sample(range(len(negatives)), len(negatives))
     chosen = [negatives[order[(visit * args.negatives + n) % len(order)]] for n in range(args.negatives)]
     return [positives[(draw.randrange(len(positives)) + visit) % len(positives)], *chosen]
@@ -233,46 +236,53 @@ def collate(records, uses, args):
     """(passages, target, masked) of N records; M = N (1 + negatives): a query's positive, then its negatives.
 
     target (N,) is the row of each query's positive; masked (N, M) is True where a passage must not count as
-    its negative: it is relevant, whoever brought it.
+    its negative: it is relevant, whoever brought it, or, with --no-in-batch, another query's.
     """
-    passages, known = [], []
-    for record, visit in zip(records, uses):
-        for passage in choose(record, visit, args):
-            passages.append(passage)
-            known.append(names(record["lang"], [passage]))
-    masked = np.zeros((len(records), len(passages)), bool)
-    for number, record in enumerate(records):
-        relevant = names(record["lang"], record["positive_passages"] + record.get("false_negatives", []))
-        masked[number] = [not relevant.isdisjoint(of) for of in known]
+    passages = [passage for record, visit in zip(records, uses) for passage in choose(record, visit, args)]
+    owner = np.arange(len(passages)) // (1 + args.negatives)                    # (M,)
+    known = [names(records[of]["lang"], [passage]) for of, passage in zip(owner, passages)]
     target = np.arange(len(records)) * (1 + args.negatives)
-    masked[np.arange(len(records)), target] = False
+    masked = np.zeros((len(records), len(passages)), bool)
+    for n, record in enumerate(records):
+        relevant = names(record["lang"], record["positive_passages"] + record.get("false_negatives", []))
+        masked[n] = [not relevant.isdisjoint(of) for of in known]
+        masked[n] |= args.no_in_batch & (owner != n)
+        masked[n, target[n]] = False
     return passages, target, masked
 
 
 # --------------------------------------------------------------------------- loss (Sec. 3.5)
 
 def weights(queries, args):
-    """The function w(q), as said at the top."""
+    """The function w(q), as said at the top; its range in each language is printed."""
     if args.weighting == "none":
         return lambda query: 1.0
+    n_batches = max(DRAWS, math.ceil(len(queries) / args.batch_size))
+    drawn = [query for _, batch, _ in islice(batches(queries, args), n_batches) for query in batch]
 
-    def g(labels):
-        """{label: its g}, from the label of each training query."""
-        raw = {of: {"inverse": 1 / n, "proportional": n, "uniform": 1}[args.weighting]
-               for of, n in Counter(labels).items()}
-        mean = np.mean([raw[of] for of in labels])
-        return {of: value / mean for of, value in raw.items()}
+    def g(label):
+        """{language or topic: its g}; label gives that of a query."""
+        power = {"inverse": -0.5, "proportional": 0.5, "uniform": 0}[args.weighting]
+        raw = {of: n ** power for of, n in Counter(map(label, queries)).items()}
+        middle = np.median([raw[label(query)] for query in drawn])
+        bounded = {of: np.clip(value, middle / 2, middle * 2) for of, value in raw.items()}
+        mean = np.mean([bounded[label(query)] for query in drawn])
+        return {of: value / mean for of, value in bounded.items()}
 
-    of_lang, of_topic = g([query.lang for query in queries]), g([query.topic for query in queries])
+    of_lang, of_topic = g(lambda query: query.lang), g(lambda query: query.topic)
 
     def w(query):
         return args.alpha * of_lang[query.lang] + args.beta * of_topic[query.topic]
 
+    for lang, members in by_language(queries).items() if RANK == 0 else ():
+        low, middle, high = np.quantile([w(query) for query in members], (0, 0.5, 1))
+        short = f", fewer than a batch of {args.batch_size}" if len(members) < args.batch_size else ""
+        say(f"{lang}: {len(members)} queries{short}; weight {low:.2f} to {high:.2f}, median {middle:.2f}")
     return w
 
 
 def contrastive_loss(query, passages, target, masked, weight, args):
-    """Weighted InfoNCE of a batch, a scalar.
+    """(weighted InfoNCE of a batch, its mean without weights, share of queries whose positive is first).
 
     query (N, D), passages (M, D) of unit vectors; target (N,) the row of each query's positive; masked (N, M)
     True where a passage must not count as a negative; weight (N,).
@@ -280,11 +290,13 @@ def contrastive_loss(query, passages, target, masked, weight, args):
     logits = query @ passages.T / args.temperature                             # (N, M) = (N, D) @ (D, M)
     logits = logits.masked_fill(masked, -math.inf)
     positive = logits.gather(1, target[:, None])                               # (N, 1)
-    loss = weight * (logits.logsumexp(1) - positive[:, 0])                     # (N,)
+    plain = logits.logsumexp(1) - positive[:, 0]                               # (N,)
+    loss = weight * plain
     if args.weight_on == "negatives":  # exp(s + log w) = w exp(s)
         shift = weight.log()[:, None].expand_as(logits)                        # (N, M)
         loss = (logits + shift.scatter(1, target[:, None], 0.0)).logsumexp(1) - positive[:, 0]
-    return loss.sum() / (args.batch_size if args.short_batch == "shrink" else len(query))
+    n_queries = args.batch_size if args.short_batch == "shrink" else len(query)
+    return loss.sum() / n_queries, plain.mean(), (logits.argmax(1) == target).float().mean()
 
 
 class Embedding:
@@ -301,9 +313,12 @@ class Embedding:
         self.token_ids = encoder.tokenize(texts, kind)
         length = [len(ids) for ids in self.token_ids]
         self.n_tokens = sum(length)
-        order = sorted(range(len(texts)), key=lambda row: length[row])[RANK::WORLD]
-        n_chunks = math.ceil(len(order) * max(length) / args.chunk_tokens) if args.chunk_tokens else 4
-        self.chunks = [rows for rows in np.array_split(order, max(1, n_chunks)) if len(rows)]
+        budget = args.chunk_tokens or len(texts) * max(length) // 4
+        self.chunks = []  # of row numbers
+        for row in sorted(range(len(texts)), key=lambda row: length[row])[RANK::WORLD]:
+            if not self.chunks or (len(self.chunks[-1]) + 1) * length[row] > budget:
+                self.chunks.append([])
+            self.chunks[-1].append(row)
         with torch.set_grad_enabled(args.chunk_tokens is None):
             self.parts = list(self.forward())
         width = encoder.model.get_embedding_dimension()
@@ -322,16 +337,10 @@ class Embedding:
             yield self.encoder.forward([self.token_ids[row] for row in rows], self.kind)
 
     def backward(self):
+        """From the gradient of the vectors to that of the weights."""
         parts = self.forward() if self.args.chunk_tokens else self.parts
         for rows, part in zip(self.chunks, parts):
             part.backward(self.vectors.grad[rows])
-
-
-def keep_freed_memory():
-    """Let glibc keep freed blocks of up to 1 GB: half of the CPU time of a step went to page faults."""
-    if sys.platform == "linux":
-        for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, 1 << 30)
 
 
 def share_gradients(parameters):
@@ -344,29 +353,29 @@ def share_gradients(parameters):
 
 
 def validate(encoder, dev_queries, file, args):
-    """{lang: {loss, mrr@10}}; a held-out query searches its language's held-out passages.
+    """{lang: {queries, loss, mrr@10}}; a held-out query searches its language's held-out passages.
 
-    Processes share the languages.
+    A passage that scores like the best positive ranks above it. Processes share the languages.
     """
     found = {}
     for lang, members in list(by_language(dev_queries).items())[RANK::WORLD]:
         records = list(read_records(file, members[:DEV_QUERIES]))
         pool = {p["docid"]: p for record in records
-                for p in record["positive_passages"] + record["negative_passages"]}
+                for p in record["positive_passages"] + record.get("negative_passages", [])}
         passages = encoder.encode([encoder.passage_text(passage) for passage in pool.values()], "passage")
         queries = encoder.encode([record["query"] for record in records], "query")
         losses, reciprocal_ranks = [], []
         for record, scores in zip(records, queries @ passages.T):               # of (N, M) = (N, D) @ (D, M)
             score = dict(zip(pool, scores))
             positives = [score[p["docid"]] for p in record["positive_passages"]]
-            negatives = [score[p["docid"]] for p in record["negative_passages"]]
+            negatives = [score[p["docid"]] for p in record.get("negative_passages", [])]
             logits = np.array([positives[0], *negatives]) / args.temperature
             losses.append(np.logaddexp.reduce(logits) - logits[0])
             for passage in record["positive_passages"] + record.get("false_negatives", []):
                 score.pop(passage["docid"], None)
-            rank = 1 + sum(value > max(positives) for value in score.values())
+            rank = 1 + sum(value >= max(positives) - TIE for value in score.values())
             reciprocal_ranks.append(1 / rank if rank <= 10 else 0.0)
-        found[lang] = {"loss": round(float(np.mean(losses)), 4),
+        found[lang] = {"queries": len(records), "loss": round(float(np.mean(losses)), 4),
                        "mrr@10": round(float(np.mean(reciprocal_ranks)), 4)}
     if WORLD > 1:
         from torch.distributed import all_gather_object
@@ -385,7 +394,6 @@ def train(args, encoder, queries, dev_queries, folder, run_key):
     the batches are drawn again, and each step seeds its own dropout.
     """
     import torch
-    keep_freed_memory()
     model, parameters = encoder.model, list(encoder.model.parameters())
     optimizer = torch.optim.Adam(parameters, fused=True)
     state, log = resume(folder, model, optimizer, run_key)
@@ -405,21 +413,23 @@ def train(args, encoder, queries, dev_queries, folder, run_key):
         texts = [encoder.passage_text(passage) for passage in passages]
         query = Embedding(encoder, [record["query"] for record in records], "query", step, args)
         passage = Embedding(encoder, texts, "passage", step, args)
-        loss = contrastive_loss(query.vectors, passage.vectors, target, masked, weight, args)
+        loss, plain, accuracy = contrastive_loss(query.vectors, passage.vectors, target, masked, weight, args)
         loss.backward()
         query.backward()
         passage.backward()
         share_gradients(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf)
         check_finite(step, loss.item(), norm.item(), lang, batch, folder)
         lr = args.lr * min(step / warmup, (args.max_steps + 1 - step) / (args.max_steps + 1 - warmup))
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
         state["step"] = step
+        state["clipped"] += bool(args.clip and norm > args.clip)
         n_tokens, seconds = query.n_tokens + passage.n_tokens, time.perf_counter() - started
         line = {"step": step, "epoch": round(step / args.epoch_steps, 3), "lang": lang, "loss": loss.item(),
-                "lr": lr, "grad_norm": norm.item(), "tokens_per_s": round(n_tokens / seconds)}
+                "plain_loss": plain.item(), "accuracy": accuracy.item(), "lr": lr,
+                "grad_norm": norm.item(), "tokens_per_s": round(n_tokens / seconds)}
         log.write(dump(line).encode())
         epoch_ends = step % args.epoch_steps == 0 or step == args.max_steps
         if epoch_ends:
@@ -437,6 +447,7 @@ def train(args, encoder, queries, dev_queries, folder, run_key):
 
 
 def check_finite(step, loss, norm, lang, batch, folder):
+    """DataError before a step that would ruin the weights."""
     if not math.isfinite(loss + norm):
         ids = " ".join(query.query_id for query in batch)
         raise DataError(f"step {step}: loss {loss}, gradient norm {norm}, {lang} queries {ids}; "
@@ -444,8 +455,11 @@ def check_finite(step, loss, norm, lang, batch, folder):
 
 
 def end_epoch(state, dev):
-    """The dev score, noted in the state: mean MRR@10 over languages; without any the last epoch is best."""
-    score = float(np.mean([values["mrr@10"] for values in dev.values()])) if dev else state["step"]
+    """The dev score, noted in the state: mean MRR@10 over queries; without any the last epoch is best."""
+    score = state["step"]
+    if dev:
+        n_queries = [values["queries"] for values in dev.values()]
+        score = float(np.average([values["mrr@10"] for values in dev.values()], weights=n_queries))
     state["without_gain"] += 1
     if score > state["best"]:
         state |= {"best": score, "dev": dev, "without_gain": 0}
@@ -455,7 +469,7 @@ def end_epoch(state, dev):
 def resume(folder, model, optimizer, run_key):
     """(state, log file) of a start, or as last.pt left them: what the log has from later comes again."""
     import torch
-    state = {"step": 0, "log_bytes": 0, "best": -1, "dev": {}, "without_gain": 0}
+    state = {"step": 0, "log_bytes": 0, "clipped": 0, "best": -1, "dev": {}, "without_gain": 0}
     if (folder / "last.pt").exists():
         saved = torch.load(folder / "last.pt", weights_only=True, map_location="cpu")
         if saved["run"] != run_key:
@@ -475,6 +489,7 @@ def resume(folder, model, optimizer, run_key):
 
 
 def save(path, content):
+    """Of the first process; the others hold the same."""
     import torch
     if RANK == 0:
         with atomic(path) as temporary:
@@ -487,8 +502,8 @@ def main(argv=None):
     if args.max_steps != 0 and output.is_done():
         return
     queries, dev_queries = hold_out(read_index(args), args.dev_share, args.seed)
-    if not queries:
-        raise DataError(f"{args.input}: no query to train on; check the file, --lang and --dev-share")
+    if not queries or args.no_in_batch and not args.negatives:
+        raise DataError(f"{args.input}: nothing to train on; check --lang, --dev-share and --negatives")
     args.epoch_steps = math.ceil(len(queries) / args.batch_size)
     n_steps = min(args.epochs * args.epoch_steps, args.max_steps or math.inf)
     if args.log_batches and RANK == 0:
@@ -505,9 +520,11 @@ def main(argv=None):
     encoder = from_flags(args.encoder, args)
     encoder.similarity = "cosine"  # as the loss wants it, whatever the maker used
     args.temperature = args.temperature or encoder.default_temperature
-    small = [f"{lang} {len(of)}" for lang, of in by_language(queries).items() if len(of) < args.batch_size]
-    if small and RANK == 0:
-        say(f"fewer training queries than a batch of {args.batch_size}: {', '.join(small)}")
+    if sys.platform == "linux":
+        for option in (-3, -1):  # glibc's M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: keep freed blocks up to 1 GB,
+            ctypes.CDLL(None).mallopt(option, 1 << 30)  # else half of a step's CPU time goes to page faults
+    if args.gradient_checkpointing:
+        encoder.model.gradient_checkpointing_enable()
     state = train(args, encoder, queries, dev_queries, folder, output.key(output.meta))
     if RANK == 0:
         finish(args, encoder, queries, dev_queries, folder, state, output)
@@ -524,9 +541,10 @@ def finish(args, encoder, queries, dev_queries, folder, state, output):
             say(f"warning: {lang}: dev MRR@10 is {values['mrr@10']:.2f} in the epoch kept, was {highest:.2f}")
     encoder.report_cut()
     encoder.model.load_state_dict(torch.load(folder / "best.pt", weights_only=True, map_location="cpu"))
-    counts = {"steps": state["step"], "processes": WORLD,
-              "train_queries": len(queries), "dev_queries": len(dev_queries), "temperature": args.temperature,
-              "best_dev_mrr@10": round(state["best"], 4) if dev_queries else None, "dev": state["dev"],
+    counts = {"steps": state["step"], "clipped": round(state["clipped"] / state["step"], 4),
+              "train_queries": len(queries), "dev_queries": len(dev_queries), "processes": WORLD,
+              "temperature": args.temperature, "dev": state["dev"],
+              "best_dev_mrr@10": round(state["best"], 4) if dev_queries else None,
               "peak_gpu_mb": torch.cuda.max_memory_allocated() >> 20,
               "by_lang": {lang: len(members) for lang, members in by_language(queries).items()}}
     with atomic_folder(args.out) as model:

@@ -63,7 +63,7 @@ def main(argv=None):
         n_false += len(record.get("negative_passages", [])) - n_negatives
         width = n_negatives if width is None else min(width, n_negatives)
         if width == 0:
-            raise DataError(f"{args.input}: query {record['query_id']!r} ({record['lang']}) has no negatives; "
+            raise DataError(f"{args.input}: {record['lang']} query {record['query_id']!r} has no negatives; "
                             "bring all to N with 03_generate_negatives.py")
     by_lang = {}
     with contextlib.ExitStack() as stack:

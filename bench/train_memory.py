@@ -32,7 +32,8 @@ def write(path, n_records):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, default=1_000_000)
     parser.add_argument("--encoder", required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/memory"))
@@ -43,7 +44,8 @@ def main():
         write(path, n)
         started = time.time()
         subprocess.run([sys.executable, ROOT / "05_train.py", "--input", path, "--encoder", args.encoder,
-                        "--max-steps", "20", "--dev-share", "0.01", "--out", args.work / "model", "--overwrite"],
+                        "--max-steps", "20", "--dev-share", "0.01", "--overwrite",
+                        "--out", args.work / "model"],
                        check=True, capture_output=True)
         meta = json.loads((args.work / "model.meta.json").read_text("utf-8"))
         print(f"{n} records, {path.stat().st_size / 1e9:.2f} GB: peak {meta['peak_memory_mb']} MB, "

@@ -45,7 +45,8 @@ def make_queries(path, n=960):
         for i in range(n):
             passages = [{"docid": f"{i}-{j}", "title": "", "text": text(256)} for j in range(8)]
             file.write(json.dumps({"query_id": str(i), "lang": "sw", "topic": i % 12, "query": text(64),
-                                   "positive_passages": passages[:1], "negative_passages": passages[1:]}) + "\n")
+                                   "positive_passages": passages[:1],
+                                   "negative_passages": passages[1:]}) + "\n")
 
 
 def product_rate(device):
@@ -64,7 +65,8 @@ def product_rate(device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--width", type=int, default=1024)
@@ -78,9 +80,9 @@ def main():
     make_queries(args.work / "topics.jsonl")
     chunks = ["--chunk-tokens", args.chunk_tokens] if args.chunk_tokens else []
     subprocess.run([sys.executable, ROOT / "05_train.py", "--input", args.work / "topics.jsonl",
-                    "--encoder", args.work / "encoder", "--device", args.device, "--batch-size", str(args.batch_size),
-                    "--max-steps", str(args.steps), "--dev-share", "0", "--overwrite", *chunks,
-                    "--out", args.work / "model"], check=True)
+                    "--encoder", args.work / "encoder", "--device", args.device,
+                    "--batch-size", str(args.batch_size), "--max-steps", str(args.steps), "--dev-share", "0",
+                    "--overwrite", *chunks, "--out", args.work / "model"], check=True)
     log = (args.work / "model/train_log.jsonl").read_text("utf-8")
     lines = [json.loads(line) for line in log.splitlines()]
     tokens_per_s = median(line["tokens_per_s"] for line in lines[args.steps // 3:] if "loss" in line)
@@ -88,7 +90,8 @@ def main():
     rate = product_rate(args.device)
     # forward and backward take six operations a weight and token; attention's own products are left out
     share = 6 * n_parameters * tokens_per_s / rate
-    print(f"{args.layers} x {args.width}, batch {args.batch_size}: {tokens_per_s / (64 + 8 * 256):.1f} queries/s, "
+    queries_per_s = tokens_per_s / (64 + 8 * 256)
+    print(f"{args.layers} x {args.width}, batch {args.batch_size}: {queries_per_s:.1f} queries/s, "
           f"{tokens_per_s:.0f} tokens/s, peak {meta['counts']['peak_gpu_mb'] or meta['peak_memory_mb']} MB, "
           f"{share:.0%} of {rate / 1e12:.3g} bf16 TFLOP/s")
 

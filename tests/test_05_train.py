@@ -4,10 +4,12 @@ import json
 import os
 import random
 import shutil
+import statistics
 import subprocess
 import sys
 from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, load_stage
@@ -27,88 +29,46 @@ TEXTS = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with topics.jsonl (52 queries, 4 languages, 3 topics) and encoder/: a BERT of 2 layers x 32 without dropout."""
+    """topics.jsonl (52 queries, 4 languages, 3 topics), encoder/, a BERT of 2 layers, without dropout."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
     top = tmp_path_factory.mktemp("train")
-    draw, words = random.Random(5), sorted({w for text in TEXTS.values() for w in text.split()})
+    draw = random.Random(5)
+    words = sorted({w for text in TEXTS.values() for w in text.split()})
     records = []
+
+    def passage(lang, name):
+        text = " ".join(draw.choices(TEXTS[lang].split(), k=draw.randint(3, 20)))
+        return {"docid": name, "title": draw.choice(TEXTS[lang].split()), "text": text}
+
     for lang, n in (("th", 17), ("ko", 19), ("fa", 11), ("sw", 5)):
-
-        def passage(name, lang=lang):
-            return {
-                "docid": name,
-                "title": draw.choice(TEXTS[lang].split()),
-                "text": " ".join(draw.choices(TEXTS[lang].split(), k=draw.randint(3, 20))),
-            }
-
         for q in range(n):
-            records.append(
-                {
-                    "query_id": str(q),
-                    "lang": lang,
-                    "query": " ".join(draw.choices(TEXTS[lang].split(), k=4)),
-                    "positive_passages": [passage(f"p{q}")],
-                    "negative_passages": [passage(f"n{q}-{j}") for j in range(5)],
-                    "false_negatives": [passage(f"p{(q + 1) % n}")],
-                    "topic": draw.randrange(3),
-                }
-            )
-    (top / "topics.jsonl").write_text(
-        "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8"
-    )
-    tokenizer = Tokenizer(
-        models.WordLevel({w: i for i, w in enumerate(["[PAD]", "[UNK]", *words])}, unk_token="[UNK]")
-    )
+            records.append({"query_id": str(q), "lang": lang, "topic": draw.randrange(3),
+                            "query": " ".join(draw.choices(TEXTS[lang].split(), k=4)),
+                            "positive_passages": [passage(lang, f"p{q}")],
+                            "negative_passages": [passage(lang, f"n{q}-{j}") for j in range(5)],
+                            "false_negatives": [passage(lang, f"p{(q + 1) % n}")]})
+    lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in records]
+    (top / "topics.jsonl").write_text("".join(lines), "utf-8")
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
-        top / "encoder"
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
     torch.manual_seed(1)
     for name, dropout in (("encoder", 0.0), ("dropout", 0.1)):
-        BertModel(
-            BertConfig(
-                vocab_size=len(words) + 2,
-                hidden_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                intermediate_size=64,
-                hidden_dropout_prob=dropout,
-                attention_probs_dropout_prob=dropout,
-            )
-        ).save_pretrained(top / name)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
-        top / "dropout"
-    )
+        config = BertConfig(vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2,
+                            num_attention_heads=2, intermediate_size=64, hidden_dropout_prob=dropout,
+                            attention_probs_dropout_prob=dropout)
+        BertModel(config).save_pretrained(top / name)
+        fast.save_pretrained(top / name)
     return top
 
 
 def arguments(made, out, *flags, encoder="encoder"):
-    return [
-        str(x)
-        for x in (
-            "--input",
-            made / "topics.jsonl",
-            "--encoder",
-            made / encoder,
-            "--negatives",
-            3,
-            "--batch-size",
-            4,
-            "--lr",
-            "3e-4",
-            "--temperature",
-            0.1,
-            "--epochs",
-            3,
-            "--device",
-            "cpu",
-            "--out",
-            made / out,
-            *flags,
-        )
-    ]
+    fixed = ["--input", made / "topics.jsonl", "--encoder", made / encoder, "--negatives", 3,
+             "--batch-size", 4, "--lr", "3e-4", "--temperature", 0.1, "--epochs", 3, "--device", "cpu",
+             "--out", made / out]
+    return [str(word) for word in [*fixed, *flags]]
 
 
 def log_of(made, out):
@@ -139,9 +99,9 @@ KILLER = """
 import os, random, signal, sys
 sys.path[:0] = [{tests!r}]
 from conftest import load_stage
-from transformers import AutoModel, AutoTokenizer, BertModel, PreTrainedTokenizerFast  # once, not in every child
+from transformers import AutoModel, AutoTokenizer, BertModel, PreTrainedTokenizerFast  # once for all
 stage, draw, kills = load_stage("05_train"), random.Random(7), 0
-while True:  # each child is a process of its own that dies by SIGKILL in the middle of its 3rd, 4th or 5th step
+while True:  # each child is a process that dies by SIGKILL in the middle of its 3rd, 4th or 5th step
     steps, child = draw.randint(2, 4) if kills < 10 else 10**9, os.fork()
     if child == 0:
         def dying(*args, real=stage.contrastive_loss):
@@ -214,105 +174,80 @@ def test_the_checkpoint_does_not_grow(made, monkeypatch):
     assert len(sizes) > 9 and max(sizes) - sizes[4] < 512  # the optimiser's moments come with the first step
 
 
-def by_formula(made, batches, weighting, weight_on, size=None):
-    """(loss, gradient norm) of the mean over batches of --log-batches, from the files alone and in float64: the model of
-    transformers, one text at a time. size: queries to divide by, where not those of the batch."""
+def weights_by_formula(made, records, weighting):
+    """{(lang, query_id): w} from the files alone; what is drawn is what --log-batches says."""
+    if weighting == "none":
+        return {(r["lang"], r["query_id"]): 1.0 for r in records}
+    flags = ["--batch-size", 24, "--dev-share", 0, "--epochs", 334, "--max-steps", 0]
+    stage.main(arguments(made, "drawn", *flags, "--log-batches", made / "drawn.batches"))
+    lines = [json.loads(line) for line in (made / "drawn.batches").read_text("utf-8").splitlines()][:1000]
+    power = {"inverse": -0.5, "proportional": 0.5, "uniform": 0.0}[weighting]
+    total = dict.fromkeys([(r["lang"], r["query_id"]) for r in records], 0.0)
+    for mean, key, drawn in ((0.45, "lang", "langs"), (0.40, "topic", "topics")):
+        raw = {r[key]: (sum(o[key] == r[key] for o in records) / len(records)) ** power for r in records}
+        labels = [label for line in lines for label in line[drawn]]
+        middle = statistics.median(raw[label] for label in labels)
+        bounded = {label: min(max(value, middle / 2), 2 * middle) for label, value in raw.items()}
+        average = sum(bounded[label] for label in labels) / len(labels)
+        for r in records:
+            total[r["lang"], r["query_id"]] += mean * bounded[r[key]] / average
+    return total
+
+
+def by_formula(made, batch, weighting, weight_on, size=None):
+    """(loss, gradient norm) of a line of --log-batches, from the files alone and in float64.
+
+    The model of transformers, one text at a time. size: queries to divide by, where not those of the batch.
+    """
     from transformers import AutoModel, AutoTokenizer
-
     records = [json.loads(line) for line in (made / "topics.jsonl").read_text("utf-8").splitlines()]
-
-    def share(record, key):
-        return sum(r[key] == record[key] for r in records) / len(records)
-
-    def g(record, key):
-        of = {"inverse": lambda p: 1 / p, "proportional": lambda p: p, "uniform": lambda p: 1.0}[weighting]
-        return of(share(record, key)) / (sum(of(share(r, key)) for r in records) / len(records))
-
-    model, tokenizer = (
-        AutoModel.from_pretrained(made / "encoder", dtype=torch.float64),
-        AutoTokenizer.from_pretrained(made / "encoder"),
-    )
+    weight_of = weights_by_formula(made, records, weighting)
+    model = AutoModel.from_pretrained(made / "encoder", dtype=torch.float64)
+    tokenizer = AutoTokenizer.from_pretrained(made / "encoder")
 
     def vector(text):
         hidden = model(torch.tensor([tokenizer(text)["input_ids"]])).last_hidden_state[0].mean(0)
         return hidden / hidden.norm()
 
     total = 0
-    for batch in batches:
-        chosen = [
-            next(r for r in records if (r["lang"], r["query_id"]) == (batch["lang"], q))
-            for q in batch["query_ids"]
-        ]
-        brought = [
-            (r["query_id"], p["docid"], vector(p["title"] + "\n" + p["text"]))
-            for r in chosen
-            for p in r["positive_passages"] + r["negative_passages"]
-        ]
-        for record in chosen:
-            weight, query = (
-                1.0 if weighting == "none" else 0.45 * g(record, "lang") + 0.40 * g(record, "topic"),
-                vector(record["query"]),
-            )
-            positive, relevant = (
-                record["positive_passages"][0]["docid"],
-                {p["docid"] for p in record["positive_passages"] + record["false_negatives"]},
-            )
-            e = {(whose, docid): (query @ v / 0.1).exp() for whose, docid, v in brought}
-            above = e[record["query_id"], positive]
-            below = sum(value for (_, docid), value in e.items() if docid not in relevant)
-            if weight_on == "negatives":
-                loss = -(above / (above + weight * below)).log()
-            else:
-                loss = -weight * (above / (above + below)).log()
-            total = total + loss / (size or len(chosen)) / len(batches)
+    chosen = [r for r in records if r["lang"] == batch["lang"] and r["query_id"] in batch["query_ids"]]
+    brought = [(r["query_id"], p["docid"], vector(p["title"] + "\n" + p["text"]))
+               for r in chosen for p in r["positive_passages"] + r["negative_passages"]]
+    for record in chosen:
+        weight, query = weight_of[record["lang"], record["query_id"]], vector(record["query"])
+        positive = record["positive_passages"][0]["docid"]
+        relevant = {p["docid"] for p in record["positive_passages"] + record["false_negatives"]}
+        e = {(whose, docid): (query @ v / 0.1).exp() for whose, docid, v in brought}
+        above = e[record["query_id"], positive]
+        below = sum(value for (_, docid), value in e.items() if docid not in relevant)
+        if weight_on == "negatives":
+            loss = -(above / (above + weight * below)).log()
+        else:
+            loss = -weight * (above / (above + below)).log()
+        total = total + loss / (size or len(chosen))
     total.backward()
-    return total.item(), (
-        sum((p.grad**2).sum() for p in model.parameters() if p.grad is not None) ** 0.5
-    ).item()
+    squares = sum((p.grad ** 2).sum() for p in model.parameters() if p.grad is not None)
+    return total.item(), squares.item() ** 0.5
 
 
-@pytest.mark.parametrize(
-    "weighting, weight_on, flags",
-    [
-        *(
-            (weighting, on, ["--short-batch", "shrink"])
-            for weighting in ("inverse", "proportional", "uniform", "none")
-            for on in ("loss", "negatives")
-        ),
-        ("inverse", "loss", ["--short-batch", "reuse"]),
-        ("inverse", "negatives", ["--short-batch", "shrink", "--chunk-tokens", 60]),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("weighting, weight_on, flags", [
+    *((weighting, on, ["--short-batch", "shrink"])
+      for weighting in ("inverse", "proportional", "uniform", "none") for on in ("loss", "negatives")),
+    ("inverse", "loss", ["--short-batch", "reuse"]),
+    ("inverse", "negatives", ["--short-batch", "shrink", "--chunk-tokens", 60])], ids=str)
 def test_the_loop_s_loss_and_gradient_are_those_of_the_formula(made, weighting, weight_on, flags):
     out = "formula" + weighting + weight_on + "".join(map(str, flags))
-    stage.main(
-        arguments(
-            made,
-            out,
-            "--max-steps",
-            1,
-            "--batch-size",
-            24,
-            "--negatives",
-            5,
-            "--dev-share",
-            0,
-            "--weighting",
-            weighting,
-            "--weight-on",
-            weight_on,
-            "--log-batches",
-            made / f"{out}.batches",
-            *flags,
-        )
-    )
+    stage.main(arguments(made, out, "--max-steps", 1, "--batch-size", 24, "--negatives", 5, "--dev-share", 0,
+                         "--weighting", weighting, "--weight-on", weight_on,
+                         "--log-batches", made / f"{out}.batches", *flags))
     batch = json.loads((made / f"{out}.batches").read_text("utf-8").splitlines()[0])
     assert len(batch["query_ids"]) == {"th": 17, "ko": 19, "fa": 11, "sw": 5}[batch["lang"]]
-    loss, norm = by_formula(made, [batch], weighting, weight_on, 24 if "shrink" in flags else None)
-    assert log_of(made, out)[0]["loss"] == pytest.approx(loss, rel=1e-5) and log_of(made, out)[0][
-        "grad_norm"
-    ] == pytest.approx(norm, rel=1e-4)
+    loss, norm = by_formula(made, batch, weighting, weight_on, 24 if "shrink" in flags else None)
+    line = log_of(made, out)[0]
+    assert line["loss"] == pytest.approx(loss, rel=1e-5)
+    assert line["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    plain, _ = by_formula(made, batch, "none", "loss")
+    assert line["plain_loss"] == pytest.approx(plain, rel=1e-5) and 0 <= line["accuracy"] <= 1
 
 
 TOGETHER = """
@@ -377,7 +312,8 @@ def two_processes(made):
 def test_two_processes_that_share_each_batch_train_as_one(one_process, two_processes, out, one):
     """Also with gradients cached in chunks, and where a process has no query of the batch."""
     made = one_process
-    assert difference(weights_of(made, out), weights_of(made, one)) < 1e-5
+    # Adam enlarges the rounding of gradients near zero
+    assert difference(weights_of(made, out), weights_of(made, one)) < 5e-5
     assert difference(weights_of(made, one), load_file(made / "encoder/model.safetensors")) > 1e-3
     assert len(log_of(made, out)) == len(log_of(made, one))
     for ours, theirs in zip(log_of(made, out), log_of(made, one), strict=True):
@@ -389,7 +325,7 @@ def test_two_processes_that_share_each_batch_train_as_one(one_process, two_proce
 
 def test_cached_gradients_give_the_same_weights(one_process):
     stage.main(arguments(one_process, "cached", "--batch-size", 8, "--chunk-tokens", 60))
-    assert difference(weights_of(one_process, "cached"), weights_of(one_process, "one")) < 1e-5
+    assert difference(weights_of(one_process, "cached"), weights_of(one_process, "one")) < 5e-5
 
 
 def test_cached_gradients_repeat_the_dropout_of_each_chunk(made):
@@ -429,7 +365,8 @@ def test_a_non_finite_loss_names_the_queries_and_keeps_the_last_good_checkpoint(
 
     def failing(*args):
         left[0] -= 1
-        return real(*args) * (float("nan") if left[0] < 0 else 1)
+        loss, *figures = real(*args)
+        return loss * (float("nan") if left[0] < 0 else 1), *figures
 
     with monkeypatch.context() as patch:
         patch.setattr(stage, "contrastive_loss", failing)
@@ -477,7 +414,7 @@ def test_patience_stops_early_and_keeps_the_best_epoch(made, monkeypatch):
                     for k, v in encoder.model.state_dict().items()
                 }
             )
-        return {"th": {"loss": 1.0, "mrr@10": score}}
+        return {"th": {"queries": 2, "loss": 1.0, "mrr@10": score}}
 
     monkeypatch.setattr(stage, "validate", scored)
     stage.main(arguments(made, "early", "--epochs", 9, "--patience", 2))
@@ -551,26 +488,115 @@ def test_model_folder_has_a_card(whole):
         assert words in card
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--weighting", "none"],
-        ["--weighting", "proportional"],
-        ["--weight-on", "negatives"],
-        ["--alpha", 2],
-        ["--beta", 2],
-        ["--short-batch", "shrink"],
-        ["--warmup", 0.9],
-        ["--negatives", 2],
-        ["--dtype", "bf16"],
-        ["--query-max-len", 2],
-        ["--passage-max-len", 3],
-    ],
-    ids=str,
-)
+def test_the_learning_rate_rises_over_the_warm_up_and_falls_to_zero(whole):
+    rates = [line["lr"] for line in log_of(whole, "whole") if "loss" in line]
+    assert rates[:4] == pytest.approx([3e-4 * n / 4 for n in (1, 2, 3, 4)])  # a tenth of 36 steps
+    assert rates[4:] == pytest.approx([3e-4 * (37 - n) / 33 for n in range(5, 37)])
+    assert rates[-1] == pytest.approx(3e-4 / 33)
+
+
+def test_gradients_are_clipped_only_where_asked_for_and_the_share_is_told(made):
+    stage.main(arguments(made, "free"))
+    stage.main(arguments(made, "clipped", "--clip", 0.05))
+    free, clipped = ([line for line in log_of(made, out) if "loss" in line] for out in ("free", "clipped"))
+    assert max(line["grad_norm"] for line in free) > 1
+    norms = [line["grad_norm"] for line in clipped]
+    metas = [made / "free.meta.json", made / "clipped.meta.json"]
+    counts = [json.loads(path.read_text("utf-8"))["counts"] for path in metas]
+    assert counts[0]["clipped"] == 0
+    assert counts[1]["clipped"] == pytest.approx(sum(norm > 0.05 for norm in norms) / len(norms), abs=1e-4)
+    assert f'"clipped": {counts[1]["clipped"]}' in (made / "clipped/README.md").read_text("utf-8")
+    assert difference(weights_of(made, "free"), weights_of(made, "clipped")) > 1e-6
+
+
+class Fixed:
+    """An encoder whose vectors are given; a passage's text is its name."""
+
+    def __init__(self, vectors):
+        self.vectors = vectors
+
+    def passage_text(self, passage):
+        return passage["text"]
+
+    def encode(self, texts, kind):
+        return np.array([self.vectors[text] for text in texts], np.float32)
+
+
+def validated(tmp_path, scores, records):
+    """validate() of th queries "q", where a passage's score is given by its docid."""
+    lines = [json.dumps(r) + "\n" for r in records]
+    (tmp_path / "dev.jsonl").write_text("".join(lines), "utf-8")
+    starts = [sum(map(len, lines[:n])) for n in range(len(lines))]
+    queries = [stage.Query("th", r["query_id"], 0, start, ()) for r, start in zip(records, starts)]
+    vectors = {docid: [score, 1.0] for docid, score in scores.items()} | {"q": [1.0, 0.0]}
+    with open(tmp_path / "dev.jsonl", "rb") as file:
+        return stage.validate(Fixed(vectors), queries, file, Namespace(temperature=0.1))["th"]
+
+
+def dev_record(query_id, positives, negatives, false=()):
+    def passages(docids):
+        return [{"docid": docid, "text": docid} for docid in docids]
+
+    return {"query_id": query_id, "lang": "th", "query": "q", "positive_passages": passages(positives),
+            "negative_passages": passages(negatives), "false_negatives": passages(false)}
+
+
+def test_validation_ranks_the_best_positive_and_is_cut_at_ten(tmp_path):
+    others = {f"n{n}": 0.5 + n / 100 for n in range(30)}
+    for place, expected in ((1, 1.0), (2, 0.5), (10, 0.1), (11, 0.0), (20, 0.0)):
+        scores = others | {"p": 0.8 - place / 100 + 0.005, "worse": 0.0}
+        found = validated(tmp_path, scores, [dev_record("0", ["worse", "p"], list(others))])
+        assert found["mrr@10"] == expected and found["queries"] == 1
+
+
+def test_validation_leaves_out_known_false_negatives_and_other_positives(tmp_path):
+    scores = {"p": 0.5, "p2": 0.4, "false": 0.9, "n": 0.7}
+    records = [dev_record("0", ["p", "p2"], ["false", "n"], ["false"])]
+    assert validated(tmp_path, scores, records)["mrr@10"] == 0.5
+
+
+def test_an_encoder_that_has_collapsed_gets_no_credit(tmp_path):
+    docids = [f"n{n}" for n in range(12)]
+    scores = dict.fromkeys(["p", *docids], 0.7)
+    assert validated(tmp_path, scores, [dev_record("0", ["p"], docids)])["mrr@10"] == 0
+    assert validated(tmp_path, scores, [dev_record("0", ["p"], docids[:3])])["mrr@10"] == 0.25
+
+
+def test_a_query_searches_the_passages_of_all_held_out_queries(tmp_path):
+    scores = {"p": 0.5, "n": 0.1, "other": 0.6, "m": 0.2}
+    found = validated(tmp_path, scores, [dev_record("0", ["p"], ["n"]), dev_record("1", ["other"], ["m"])])
+    assert found["mrr@10"] == 0.75
+    assert found["loss"] == pytest.approx(np.mean([np.log(1 + np.exp(-4))] * 2), abs=1e-4)
+
+
+def test_the_best_epoch_is_that_of_the_mean_over_queries():
+    state = {"step": 9, "best": -1, "dev": {}, "without_gain": 0}
+    large = {"th": {"queries": 99, "mrr@10": 0.5}, "sw": {"queries": 1, "mrr@10": 0.1}}
+    small = {"th": {"queries": 99, "mrr@10": 0.4}, "sw": {"queries": 1, "mrr@10": 1.0}}
+    assert stage.end_epoch(state, large) == 0.496 and state["dev"] is large
+    assert stage.end_epoch(state, small) == 0.406 and state["dev"] is large and state["without_gain"] == 1
+
+
+def test_checkpointed_activations_give_the_same_weights(made):
+    for out, flags in (("kept", []), ("computed", ["--gradient-checkpointing"])):
+        stage.main(arguments(made, out, "--epochs", 1, *flags, encoder="dropout"))
+    assert difference(weights_of(made, "kept"), weights_of(made, "computed")) < 1e-6
+
+
+FLAGS = ["--weighting none", "--weighting proportional", "--weight-on negatives", "--alpha 2", "--beta 2",
+         "--short-batch shrink", "--warmup 0.9", "--negatives 2", "--negatives 0", "--no-in-batch",
+         "--topic-power 1", "--language-power 1", "--mixed", "--clip 0.05", "--dtype bf16",
+         "--query-max-len 2", "--passage-max-len 3"]
+
+
+@pytest.mark.parametrize("flags", FLAGS)
 def test_each_flag_changes_the_training(made, flags):
-    if not (made / "plain").exists():
-        stage.main(arguments(made, "plain", "--epochs", 1))
-    out = "flag" + "".join(map(str, flags))
-    stage.main(arguments(made, out, "--epochs", 1, *flags))
-    assert difference(weights_of(made, out), weights_of(made, "plain")) > 0
+    if not (made / "default").exists():
+        stage.main(arguments(made, "default", "--epochs", 1))
+    stage.main(arguments(made, flags, "--epochs", 1, *flags.split()))
+    assert difference(weights_of(made, flags), weights_of(made, "default")) > 0
+
+
+def test_negatives_are_not_both_none_and_own_only(made, capsys):
+    line = one_line(capsys, arguments(made, "nothing", "--negatives", 0, "--no-in-batch"))
+    assert "nothing to train on" in line

@@ -1,4 +1,4 @@
-"""05a_export.py: each layout has every training query, in its language's file, and no positive among the negatives."""
+"""05a_export.py: every training query in its language's file, no positive among the negatives."""
 
 import json
 import subprocess

@@ -167,7 +167,7 @@ def one_row(args, seed, row, folder, relevant):
     name = judge_name(row)
     top = folder / name / str(row["drop_at"])
     filtering = ["02_filter_false_negatives.py", "--input", folder / "topics.jsonl", "--llm", f"simulated-{name}", "--drop-at", row["drop_at"],
-                 "--listwise", 10, "--cache", folder / name, "--seed", seed, "--out", top / "filtered.jsonl"]
+                 "--cache", folder / name, "--seed", seed, "--out", top / "filtered.jsonl"]
     if row["judge"] == "stand-in":
         stage("offline_llm.py", "--exec", sys.executable, *filtering)
     else:

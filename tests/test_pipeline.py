@@ -92,8 +92,6 @@ def made(tmp_path_factory):
         8,
         "--log-batches",
         run / "batches.jsonl",
-        "--export",
-        "flagembedding",
         "--out",
         run / "model",
     )
@@ -326,27 +324,11 @@ def test_a_field_that_comes_late_in_a_large_file_loads_in_datasets(made, tmp_pat
     ]
 
 
-@pytest.mark.parametrize("layout", ["flagembedding", "sentence-transformers"])
+@pytest.mark.parametrize("layout", ["flagembedding", "sentence-transformers", "tevatron"])
 def test_exported_layouts_load_in_datasets_to_the_same_texts(made, layout, tmp_path, monkeypatch):
-    out = made / "run/model"
-    if layout == "sentence-transformers":  # the fixture writes the other
-        out = tmp_path / "model"
-        must(
-            "05_train.py",
-            "--input",
-            made / "run/topics.jsonl",
-            "--encoder",
-            made / "encoder",
-            "--max-steps",
-            1,
-            "--batch-size",
-            2,
-            "--export",
-            layout,
-            "--out",
-            out,
-        )
-    files = sorted(out.with_name(f"{out.name}.{layout}").glob("*.jsonl"))
+    out = tmp_path / "exported"
+    must("05a_export.py", "--input", made / "run/topics.jsonl", "--layout", layout, "--out", out)
+    files = sorted(out.rglob("*.jsonl"))
     assert [path.stem for path in files] == LANGS
     for path in files:
         assert list(in_datasets(path, tmp_path / "cache", monkeypatch)) == read(path)

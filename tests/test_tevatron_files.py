@@ -196,7 +196,7 @@ def test_04_and_05_take_hand_written_records(tevatron, encoder, tmp_path):
     assert {r["topic"] for r in read(tmp_path / "topics.jsonl")} == {0, 1}
     for source, flags in (
         (tmp_path / "topics.jsonl", []),
-        (tevatron, ["--lang", "en", "--no-topic-balance"]),
+        (tevatron, ["--lang", "en", "--topic-power", "1"]),
     ):
         done = run_stage(
             "05_train.py",
@@ -238,7 +238,7 @@ def test_bad_records_stop_every_stage(tevatron, encoder, tmp_path, change, compl
     for script, flags in (
         ("02_filter_false_negatives", ["--llm", "x", "--base-url", "http://127.0.0.1:9/v1"]),
         ("04_cluster_topics", ["--encoder", encoder]),
-        ("05_train", ["--encoder", encoder, "--no-topic-balance", "--negatives", 4]),
+        ("05_train", ["--encoder", encoder, "--topic-power", "1", "--negatives", 4]),
     ):
         arguments = [
             "--input",

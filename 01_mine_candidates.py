@@ -68,20 +68,13 @@ def article(docid):
 
 
 def allowed(record, hits, passages, args):
-    """The passages of a record's hits that may be negatives.
-
-    Never a labelled positive, under its own docid or another; none of its article where that is excluded.
-    """
+    """A record's hits as passages, without its positives, be it by another docid, and excluded articles."""
     docids = {passage["docid"] for passage in record["positive_passages"]}
     texts = {normalise(passage["text"]) for passage in record["positive_passages"]}
     articles = {article(docid) for docid in docids} if args.exclude_same_article else set()
-    kept = []
-    for hit in hits:
-        passage = passages[hit["row"]] | {"score": hit["score"], "ranks": hit["ranks"]}
-        positive = hit["docid"] in docids or normalise(passage["text"]) in texts
-        if not positive and article(hit["docid"]) not in articles:
-            kept.append(passage)
-    return kept
+    return [passages[hit["row"]] | {"score": hit["score"], "ranks": hit["ranks"]} for hit in hits
+            if hit["docid"] not in docids and article(hit["docid"]) not in articles
+            and normalise(passages[hit["row"]]["text"]) not in texts]
 
 
 def mine(ensemble, lang, records, depth, args):
@@ -96,13 +89,15 @@ def mine(ensemble, lang, records, depth, args):
     asked = depth + EXTRA
     while pending:
         short = []
+        fetched = max(depth + EXTRA, asked // 4)  # of the hits below the ceiling
         for group in batched(pending, max(1, PAIRS // asked)):
             found, ranked = ensemble.search(lang, [records[i]["query"] for i in group], asked)
-            low = [[hit for hit in hits if hit["score"] < below[i]] for i, hits in zip(group, found)]
+            low = [[hit for hit in hits if hit["score"] < below[i]][:fetched]
+                   for i, hits in zip(group, found)]
             passages = fetch_passages(args.data, lang, {hit["row"] for hits in low for hit in hits})
             for i, hits, everything in zip(group, low, found):
                 mined[i] = allowed(records[i], hits, passages, args)[:depth]
-                if len(mined[i]) < depth and len(everything) == asked:
+                if len(mined[i]) < depth and (len(everything) == asked or len(hits) == fetched):
                     short.append(i)
             if asked == depth + EXTRA:
                 rankings = {name: rankings[name] + ranked[name] for name in rankings}
@@ -133,16 +128,10 @@ def summarise(records, rankings, mined, depth):
     return row
 
 
-def lines_of(records, mined, strategy):
-    """The output's lines on disk until all languages' can be written in input order: memory holds one's."""
-    file = tempfile.TemporaryFile("w+", encoding="utf-8")
-    for record, passages in zip(records, mined):
-        if strategy == "ensemble":
-            file.write(dump(record | {"candidate_passages": passages}))
-        else:
-            file.write(dump(record | {"negative_passages": [p | {"source": "mined"} for p in passages]}))
-    file.seek(0)
-    return file
+def with_passages(record, passages, strategy):
+    if strategy == "ensemble":
+        return record | {"candidate_passages": passages}
+    return record | {"negative_passages": [passage | {"source": "mined"} for passage in passages]}
 
 
 def main(argv=None):
@@ -168,7 +157,9 @@ def main(argv=None):
     for lang, of_lang in sorted(by_lang.items()):
         rankings, mined = mine(ensemble, lang, of_lang, args.depth + skip, args)
         mined = [passages[skip:] for passages in mined]
-        lines[lang] = lines_of(of_lang, mined, args.strategy)
+        lines[lang] = tempfile.TemporaryFile("w+", encoding="utf-8")  # memory holds one language's
+        lines[lang].writelines(dump(with_passages(*pair, args.strategy)) for pair in zip(of_lang, mined))
+        lines[lang].seek(0)
         table[lang] = summarise(of_lang, rankings, mined, args.depth)
         n_fewer += sum(len(passages) < args.depth for passages in mined)
         if world()[0] == 0:

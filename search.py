@@ -201,6 +201,7 @@ class Ensemble:
         for name, e in self.encoders.items():
             files = [cut_file(self.vectors_file(name, key)) for lang in langs for key, _ in self.shards(lang)]
             e.n_cut = {"query": 0, "passage": sum(int(file.read_text()) for file in files)}
+            e.n_read = {"query": 0, "passage": sum(map(self.n_passages, langs))}
             e.tokenize(queries, "query")
         return {name: e.n_cut for name, e in self.encoders.items()}
 

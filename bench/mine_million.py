@@ -4,7 +4,7 @@ How     invented passages (sample/make_sample.py --scale), 1,000 queries, depth 
         (384 wide) made on the spot; each run is a process of its own, its peak resident memory (of the whole
         process, libraries and mapped pages included) from its .meta.json. "again" is a second run with
         another depth and strategy.
-Usage   python bench/mine_million.py --work runs/million [--sizes 250000 1000000] [--retrievers dense|bm25|both]
+Usage   python bench/mine_million.py --work runs/million [--sizes 250000 1000000] [--retrievers KIND]
 Disk    about 1.2 GB under --work; remove it afterwards
 Measured  2 cores: 250,000 dense 123 s, peak 1,057 MB, again 10 s, 554 MB;
         1,000,000 dense 473 s, 1,076 MB, again 25 s, 580 MB. The peak grows by 2% from one to the other

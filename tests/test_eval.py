@@ -1,4 +1,4 @@
-"""06_eval.py: the written runs are the truth - trec_eval, ir_measures and a brute-force search agree with them."""
+"""06_eval.py: the written runs are the truth: trec_eval, ir_measures and a brute-force search agree."""
 
 import json
 import math
@@ -26,7 +26,7 @@ def write(path, lines):
 
 
 def collection(data):
-    """150 passages a language, each text there five times (ties to the last bit); queries 5 and 6 have no relevant one."""
+    """150 passages a language, each text there five times; queries 5 and 6 have no relevant one."""
     dev = []
     for lang, subjects in SUBJECTS.items():
         passages = [
@@ -161,7 +161,7 @@ def test_runs_and_qrels_load_in_ir_measures_to_the_same_metrics(made):
 
 
 def brute_force(passages, queries, docids, depth):
-    """Per query [(docid, score)] in float64, in plain loops: best first, ties at six decimals to the smaller docid."""
+    """Per query [(docid, score)] in float64, in plain loops: best first, ties to the smaller docid."""
     found = []
     for query in queries:
         scored = [

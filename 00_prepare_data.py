@@ -404,7 +404,8 @@ class Collection:
     def add_query(self, where, split, record, judgments, kept):
         lang, query_id = record["lang"], record["query_id"]
         found = {docid: relevance for docid, relevance in judgments.items() if (lang, docid) in kept}
-        self.counts[lang]["judgments of passages not in the corpus"] += len(judgments) - len(found)
+        lost = "judgments of passages not in the corpus (left out of the metrics)"
+        self.counts[lang][lost] += len(judgments) - len(found)
         passages = {docid: kept[lang, docid] for docid in found}
         own = {}  # passages of the record, which have fields of their own and may be unjudged
         for passage in record.get("positive_passages", []) + record.get("negative_passages", []):

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import unicodedata
 
 import pytest
 from conftest import ROOT, load_stage, run_stage
@@ -144,7 +145,7 @@ def test_what_is_not_in_the_corpus_is_left_out_and_counted(tmp_path):
         "1 queries without a positive",
         "1 train",
         "11 passages",
-        "2 judgments of passages not in the corpus",
+        "2 judgments of passages not in the corpus (left out of the metrics)",
         "2 positives",
     ]
     counts = json.loads((tmp_path / "out.meta.json").read_text())["counts"]["languages"]["th"]
@@ -615,6 +616,232 @@ def test_tevatron_errors(tmp_path, records, said):
     path = bad(tmp_path, "t.jsonl", records)
     message = refused("tevatron", path, tmp_path / "out")
     assert message.startswith(str(path)) and said in message
+
+
+# --------------------------------------------------------------------------- what people bring
+
+
+def article(title, *paragraphs):
+    """A SQuAD article of (context, [questions]); a question is (id, text) or has more fields."""
+    made = []
+    for context, questions in paragraphs:
+        qas = [
+            q if isinstance(q, dict) else {"id": q[0], "question": q[1], "answers": ["x"]} for q in questions
+        ]
+        made.append({"context": context, "qas": qas})
+    return {"title": title, "paragraphs": made}
+
+
+def write_squad(root, **articles):
+    for lang, of_lang in articles.items():
+        write(root / f"x.{lang}.json", json.dumps({"data": of_lang}))
+    return root
+
+
+def splits(out, key="query_id"):
+    return [{r[key] for r in read(out / f"{split}.jsonl")} for split in ("train", "dev")]
+
+
+def test_a_paragraph_spelt_in_another_way_is_one_passage(tmp_path):
+    spelt = ["제목 서울", unicodedata.normalize("NFD", "제목 서울"), "제목  서울\n"]
+    articles = [article(f"T{n}", (text, [(f"q{n}", f"질문 {n}")])) for n, text in enumerate(spelt)]
+    articles += [article(f"U{n}", (f"다른 {n}", [(f"r{n}", f"물음 {n}")])) for n in range(3)]
+    for seed in range(4):
+        prepare("squad", write_squad(tmp_path / "in", ko=articles), tmp_path / "out", "--seed", seed)
+        assert len(read(tmp_path / "out/corpus/ko.jsonl")) == 4
+        train, dev = splits(tmp_path / "out")
+        assert dev and {"q0", "q1", "q2"} in (train & {"q0", "q1", "q2"}, dev & {"q0", "q1", "q2"})
+
+
+@pytest.mark.parametrize("how", ["same titles", "translated titles", "another order", "fewer articles"])
+def test_translations_are_held_out_together(tmp_path, how):
+    def translated(lang):
+        made = [
+            article(f"T{n}", *((f"{lang} {n} {k}", [(f"q{n}-{k}", f"{lang}? {n}{k}")]) for k in range(3)))
+            for n in range(30)
+        ]
+        if lang == "de" and how == "translated titles":
+            made = [a | {"title": f"de {a['title']}"} for a in made]
+        if lang == "de" and how == "another order":
+            made = [a | {"title": ""} for a in made[::-1]]
+        return made[7:] if lang == "de" and how == "fewer articles" else made
+
+    root = write_squad(tmp_path / "in", en=translated("en"), de=translated("de"), es=translated("es"))
+    prepare("squad", root, tmp_path / "out")
+    train, dev = splits(tmp_path / "out")
+    assert dev and not train & dev
+
+
+def test_translated_records_and_one_question_under_several_ids_are_held_out_together(tmp_path):
+    def asked(n, lang, text):
+        return query(f"{n}", [passage(f"p{n}", f"{lang} {n}")], lang=lang) | {"query": text}
+
+    records = [
+        asked(n, lang, f"{lang} {n // 3}?" + " " * (n % 3)) for lang in ("sw", "te") for n in range(60)
+    ]
+    write(tmp_path / "t.jsonl", records)
+    prepare("tevatron", tmp_path / "t.jsonl", tmp_path / "out")
+    train, dev = splits(tmp_path / "out")
+    assert len(dev) == 6 and not train & dev
+    train, dev = splits(tmp_path / "out", "query")
+    assert not {" ".join(q.split()) for q in train} & {" ".join(q.split()) for q in dev}
+
+
+def test_a_question_in_both_of_two_given_splits_is_told(tmp_path):
+    root = beir(tmp_path / "in")
+    write(
+        root / "queries.jsonl",
+        [{"_id": "q1", "text": "Qué  es"}, {"_id": "q2", "text": "que\u0301 es".upper()}],
+    )
+    write(root / "qrels/train.tsv", "q2\td1\t1\n")
+    write(root / "qrels/test.tsv", "q1\td1\t1\n")
+    said = prepare("beir", root, tmp_path / "out", "--lang", "es")
+    assert "1 train queries with the same text as a dev query" in said
+
+
+@pytest.mark.parametrize(
+    "fields, answerable",
+    [
+        ({"answers": [{"text": "x", "answer_start": 0}]}, True),
+        ({"answers": {"text": ["x"], "answer_start": [0]}, "is_impossible": "False"}, True),
+        ({"answers": ["x"], "is_impossible": 0, "plausible_answers": []}, True),
+        ({}, True),  # as in test sets
+        ({"answers": []}, False),
+        ({"answers": None}, False),
+        ({"answers": [{"text": " "}]}, False),
+        ({"answers": [{"text": None}]}, False),
+        ({"answers": {"text": [], "answer_start": []}}, False),
+        ({"plausible_answers": [{"text": "x"}]}, False),
+        ({"answers": [{"text": "x"}], "is_impossible": True}, False),
+        ({"answers": [{"text": "x"}], "is_impossible": "True"}, False),
+    ],
+)
+def test_unanswerable_questions_in_all_their_spellings(fields, answerable):
+    assert load_stage("00_prepare_data").has_answer({"id": "1", "question": "?"} | fields) == answerable
+
+
+@pytest.mark.parametrize("layout", ["list", "paragraphs", "questions", "columns", "BOM", "pretty"])
+def test_squad_files_of_other_layouts(tmp_path, layout):
+    articles = [article(f"T{n}", (f"c{n}", [(n, f"q{n}?")])) for n in range(4)]
+    flat = [
+        {"id": n, "title": f"T{n}", "context": f"c{n}", "question": f"q{n}?", "answers": ["x"]}
+        for n in range(4)
+    ]
+    content = {
+        "list": articles,
+        "paragraphs": [a["paragraphs"][0] | {"title": a["title"]} for a in articles],
+        "questions": flat,
+        "columns": [q | {"answers": {"text": ["x"], "answer_start": [0]}} for q in flat],
+    }.get(layout, {"data": articles})
+    text = json.dumps(content, indent=1 if layout == "pretty" else None)
+    write(tmp_path / "in/x.sw.json", "\ufeff" * (layout == "BOM") + text)
+    prepare("squad", tmp_path / "in", tmp_path / "out")
+    assert read(tmp_path / "out/corpus/sw.jsonl") == [passage(f"{n}#0", f"c{n}", f"T{n}") for n in range(4)]
+    train, dev = splits(tmp_path / "out")
+    assert train | dev == {"0", "1", "2", "3"} and len(dev) == 1
+
+
+def test_squad_files_whose_names_have_no_language(tmp_path):
+    squad(tmp_path / "in")
+    for name in ("dev-v2.0.json", "squad.dev.json", "x.json"):
+        path = tmp_path / "in" / name
+        write(path, (tmp_path / "in/dev.ko.json").read_bytes())
+        message = refused("squad", tmp_path / "in", tmp_path / "out")
+        assert message.startswith(f"{path}: want NAME.CODE.json[.gz]") and "--lang CODE" in message
+        path.unlink()
+    for path in list((tmp_path / "in").iterdir()):
+        path.rename(path.with_name(path.name.replace(".ko.", "-v1.")))
+    prepare("squad", tmp_path / "in", tmp_path / "out", "--lang", "ko")
+    assert len(read(tmp_path / "out/corpus/ko.jsonl")) == 40
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    root = beir(tmp_path / "in")
+    prepare("beir", root, tmp_path / "plain", "--lang", "ja")
+    for path in root.rglob("*.*"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    prepare("beir", root, tmp_path / "marked", "--lang", "ja")
+    assert tree(tmp_path / "plain") == tree(tmp_path / "marked")
+    write(tmp_path / "th" / TOPICS, "\ufeffq#1\ta\n")
+    root = miracl(tmp_path / "th2")
+    write(root / TOPICS, "\ufeffq#1\ta\n007\tb\n")
+    prepare("miracl", root, tmp_path / "out")
+    assert read(tmp_path / "out/train.jsonl")[0]["query_id"] == "q#1"
+
+
+@pytest.mark.parametrize("name", ["corpus.jsonl", "queries.jsonl", "qrels/train.tsv"])
+@pytest.mark.parametrize("n_lines", [1, 3])
+def test_utf_16_and_other_packers_are_named(tmp_path, name, n_lines):
+    root, out = beir(tmp_path / "in"), tmp_path / "out"
+    lines = (root / name).read_text("utf-8").splitlines(keepends=True)[-n_lines:]
+    (root / name).write_bytes("".join(lines).encode("utf-16"))
+    message = refused("beir", root, out, "--lang", "ja")
+    assert message.startswith(f"{root / name}:1: not valid UTF-8") and "convert the file" in message
+    (root / name).rename(root / f"{name}.zst")
+    message = refused("beir", root, out, "--lang", "ja")
+    assert message.startswith(f"{root / name}.zst: ") and "unpack it" in message
+
+
+@pytest.mark.parametrize(
+    "qrels",
+    [
+        "query-id\tcorpus-id\tscore\nq2\td1\t2\nq2\td2\t-1\n",
+        "qid docid rel\nq2 d1 2\nq2 d2 -1\n",
+        "q2 0 d1 2\nq2 Q0 d2 -1\n",
+        "query_id\titer\tdocument_id\trelevance\r\nq2\t0\td1\t 2 \r\nq2\t0\td2\t-1.0\r\n",
+        "q2\td1\t2.0\n\nq2\td1\t2\nq2\td2\t-1\n",  # one judgment twice, the same
+    ],
+)
+def test_qrels_of_other_layouts(tmp_path, qrels):
+    root = beir(tmp_path / "in")
+    write(root / "qrels/train.tsv", qrels)
+    prepare("beir", root, tmp_path / "out", "--lang", "ja")
+    assert (tmp_path / "out/qrels/train/ja.tsv").read_text() == "q2\t0\td1\t2\nq2\t0\td2\t-1\n"
+    record = read(tmp_path / "out/train.jsonl")[0]
+    assert [p["docid"] for p in record["positive_passages"] + record["negative_passages"]] == ["d1", "d2"]
+
+
+def test_ids_that_are_numbers_are_strings_of_them(tmp_path):
+    root = tmp_path / "in"
+    write(root / "corpus.jsonl", [{"_id": 1, "text": "one"}, {"_id": 2.0, "title": None, "text": "two"}])
+    write(root / "queries.jsonl", [{"_id": 7, "text": "?"}])
+    write(root / "qrels/test.tsv", "7\t1\t1\n7\t2\t0\n")
+    prepare("beir", root, tmp_path / "out", "--lang", "sw")
+    record = read(tmp_path / "out/dev.jsonl")[0]
+    assert record["query_id"] == "7" and record["positive_passages"] == [passage("1", "one")]
+    assert record["negative_passages"] == [passage("2", "two", source="human")]
+    write(
+        tmp_path / "t.jsonl", [query(n, [passage(n, f"x{n}")], [passage(10 + n, f"y{n}")]) for n in range(3)]
+    )
+    prepare("tevatron", tmp_path / "t.jsonl", tmp_path / "out2")
+    assert {p["docid"] for p in read(tmp_path / "out2/corpus/sw.jsonl")} == {"0", "1", "2", "10", "11", "12"}
+
+
+def test_a_title_without_a_text_is_a_document(tmp_path):
+    root = beir(tmp_path / "in")
+    corpus = [{"_id": "d1", "title": "題", "text": ""}, {"_id": "d2", "title": "二", "text": None}]
+    write(root / "corpus.jsonl", [*corpus, {"_id": "d3", "title": " ", "text": ""}])
+    said = prepare("beir", root, tmp_path / "out", "--lang", "ja")
+    assert read(tmp_path / "out/corpus/ja.jsonl") == [passage("d1", "", "題"), passage("d2", "", "二")]
+    assert "1 empty passages" in said
+    assert read(tmp_path / "out/train.jsonl")[0]["positive_passages"] == [passage("d1", "", "題")]
+
+
+def test_flagembeddings_scores_and_prompts_do_no_harm(tmp_path):
+    more = {"pos_scores": [1.5], "neg_scores": [0.1], "prompt": "Represent", "type": "normal"}
+    records = [
+        {"query": f"q{n}", "pos": [f"p{n}"], "neg": [f"n{n}", f"n{n} ", f"p{n}"]} | more for n in range(3)
+    ]
+    write(tmp_path / "bge.jsonl", records)
+    said = prepare("tevatron", tmp_path / "bge.jsonl", tmp_path / "out", "--lang", "th")
+    for record in read(tmp_path / "out/train.jsonl"):
+        assert [p["text"][0] for p in record["positive_passages"] + record["negative_passages"]] == ["p", "n"]
+    assert "6 negatives that their query has already" in said
+
+
+def test_a_relevance_that_nothing_has_is_named(tmp_path):
+    message = refused("beir", beir(tmp_path / "in"), tmp_path / "out", "--lang", "ja", "--min-relevance", 3)
+    assert "no query has a positive (relevance 3) there" in message and "another --min-relevance" in message
 
 
 # --------------------------------------------------------------------------- sample; the folder as a whole

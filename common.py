@@ -191,7 +191,7 @@ def check_passage(passage, where):
     if not isinstance(passage, dict):
         raise DataError(f"{where}: a passage is {json.dumps(passage)[:40]}; want {{docid, title, text}}")
     check_text(passage, "docid", where)
-    check_text(passage, "text", f"{where}: passage {passage['docid']!r}")
+    check_text(passage, "text", f"{where}: passage {passage['docid']!r}", empty=bool(passage.get("title")))
     if "title" in passage:
         check_text(passage, "title", f"{where}: passage {passage['docid']!r}", empty=True)
 

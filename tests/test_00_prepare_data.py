@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import unicodedata
 
 import pytest
 from conftest import ROOT, load_stage, run_stage
@@ -144,7 +145,7 @@ def test_what_is_not_in_the_corpus_is_left_out_and_counted(tmp_path):
         "1 queries without a positive",
         "1 train",
         "11 passages",
-        "2 judgments of passages not in the corpus",
+        "2 judgments of passages not in the corpus (left out of the metrics)",
         "2 positives",
     ]
     counts = json.loads((tmp_path / "out.meta.json").read_text())["counts"]["languages"]["th"]
@@ -155,7 +156,7 @@ def test_a_language_without_train_gets_corpus_and_dev(tmp_path):
     root = miracl(tmp_path / "in", ["ko"])
     for path in root.rglob("*-train.tsv"):
         path.unlink()
-    assert "no training queries" in prepare("miracl", root, tmp_path / "out")
+    assert "train queries 0, dev queries 1" in prepare("miracl", root, tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["corpus", "dev.jsonl", "qrels"]
 
 
@@ -186,20 +187,21 @@ DOCS = "miracl-corpus/miracl-corpus-v1.0-th/docs-1.jsonl.gz"
 @pytest.mark.parametrize(
     "name, content, line, said",
     [
-        (TOPICS, "q#1\tok\n007 no tab\n", 2, "got 1 columns, want 2"),
-        (TOPICS, "q#1\tok\n007\t \n", 2, "got 1 columns, want 2"),
+        (TOPICS, "q#1\tok\n007-no-tab\n", 2, "'text' is missing; want a string"),
+        (TOPICS, "q#1\tok\n007\t \n", 2, "'text' is \" \"; want a string that is not empty"),
         (TOPICS, "q#1\tok\n007\tok\nq#1\tagain\n", 3, "query 'q#1' is there twice"),
         (TOPICS, b"q#1\tok\n007\t\xff\n", 2, "not valid UTF-8"),
         (TOPICS, "q 1\tok\n", 1, "id 'q 1' has white space"),
-        (QRELS, "q#1\tQ0\t1#0\n", 1, "got 3 columns, want 4"),
-        (QRELS, "q#1\tQ0\t1#0\t1\t9\n", 1, "relevance is '1\\t9'"),
+        (QRELS, "q#1\tQ0\t1#0\n", 1, "relevance is '1#0'"),
+        (QRELS, "q#1\t1#0\n", 1, "got 2 columns, want query_id (0) docid relevance"),
+        (QRELS, "q#1\tQ0\t1#0\t1\t9\n", 1, "got 5 columns, want"),
         (QRELS, "q#1\tQ0\t1#0\t1\nq#1\tQ0\t2#0\t0.5\n", 2, "relevance is '0.5'"),
         (QRELS, "q#1\tQ0\t1#0\t1\nq#1\tQ0\t1#0\t0\n", 2, "judges docid '1#0' twice"),
         (QRELS, "nobody\tQ0\t1#0\t1\n", 1, "query 'nobody' is not among the queries"),
-        (DOCS, [passage("1#0"), passage("0#1")], 2, "docid '0#1' is there twice, first at"),
-        (DOCS, [passage("1#0"), {"docid": "1#1", "title": ""}], 2, "'text' is missing"),
-        (DOCS, [passage("1#0"), passage(7)], 2, "'docid' is 7; want a string"),
-        (DOCS, [passage("1#0"), passage("1#1", title=None)], 2, "'title' is null"),
+        (DOCS, [passage("1#0"), passage("0#1")], 2, "docid '0#1' has another text at"),
+        (DOCS, [passage("1#0"), {"docid": "1#1", "title": "t"}], 2, "'text' is missing"),
+        (DOCS, [passage("1#0"), passage([7])], 2, "'docid' is [7]; want a string"),
+        (DOCS, [passage("1#0"), passage("1#1", title=8)], 2, "'title' is 8"),
         (DOCS, '{"docid": "1#0", "text": "a"}\n{"docid": "1#1", "te', 2, "not a JSON object"),
         (DOCS, b'{"docid": "1#0", "text": "\xff"}\n', 1, "not valid UTF-8"),
         (DOCS, r'{"docid": "1#0", "text": "\ud800"}' + "\n", 1, "not valid UTF-8"),
@@ -222,7 +224,7 @@ def test_missing_pieces_are_named(tmp_path):
     cut = miracl(tmp_path / "in") / DOCS
     cut.write_bytes(cut.read_bytes()[:-9])
     assert re.match(f"{re.escape(str(cut))}:.*cannot be read", refused("miracl", root, out))
-    assert "nowhere: not found" in refused("miracl", tmp_path / "nowhere", out)
+    assert "nowhere: no miracl there" in refused("miracl", tmp_path / "nowhere", out)
     (tmp_path / "empty").mkdir()
     assert "no files laid out as --help tells there" in refused("miracl", tmp_path / "empty", out)
     assert run_stage(SCRIPT, "--source", "squad", "--out", out).returncode == 2
@@ -298,7 +300,7 @@ def beir(root, gz=""):
         [
             {"_id": "d1", "title": "", "text": TEXTS["ja"], "metadata": {"url": "x"}},
             {"_id": "d2", "title": "題", "text": "二"},
-            {"_id": "d3", "title": "t", "text": ""},
+            {"_id": "d3", "title": "", "text": " "},
         ],
     )
     write(root / f"queries.jsonl{gz}", [{"_id": f"q{n}", "text": f"問 {n}"} for n in range(4)])
@@ -326,7 +328,7 @@ def test_beir_prefers_dev_and_can_do_without_train(tmp_path):
     (root / "qrels/train.tsv").unlink()
     write(root / "qrels/dev.tsv", "query-id\tcorpus-id\tscore\nq3\td1\t1\n")
     said = prepare("beir", root, tmp_path / "out", "--lang", "ja")
-    assert "no training queries" in said and "test.tsv" not in said
+    assert "train queries 0" in said and "test.tsv" not in said
     assert [r["query_id"] for r in read(tmp_path / "out/dev.jsonl")] == ["q3"]
     assert not (tmp_path / "out/train.jsonl").exists()
 
@@ -363,10 +365,10 @@ def test_beir_errors(tmp_path):
     path = bad(root, "queries.jsonl", [{"_id": "q0", "text": "a"}, {"id": "q1", "text": "b"}])
     assert refused("beir", root, out, "--lang", "ja").startswith(f"{path}:2: '_id' is missing")
     path = bad(beir(root), "qrels/train.tsv", "query-id\tcorpus-id\tscore\nq0\td1\n")
-    assert refused("beir", root, out, "--lang", "ja").startswith(f"{path}:2: got 2 columns, want 3")
+    assert refused("beir", root, out, "--lang", "ja").startswith(f"{path}:2: got 2 columns, want")
     write(root / "qrels/train.tsv", "q0\td9\t1\n")
     write(root / "qrels/test.tsv", "q1\td9\t1\n")
-    assert "no query has a positive in the corpus" in refused("beir", root, out, "--lang", "ja")
+    assert "no query has a positive (relevance 1) there" in refused("beir", root, out, "--lang", "ja")
     (root / "corpus.jsonl").unlink()
     assert "corpus.jsonl not found" in refused("beir", root, out, "--lang", "ja")
 
@@ -382,7 +384,10 @@ def squad(root, n_articles=20, lang="ko"):
             "paragraphs": [
                 {
                     "context": f"문단 {n}-{k} 😀",
-                    "qas": [{"id": f"{n}-{k}-{q}", "question": f"질문 {q}?", "answers": []} for q in "ab"],
+                    "qas": [
+                        {"id": f"{n}-{k}-{q}", "question": f"질문 {n}{k}{q}?", "answers": [{"text": "문단"}]}
+                        for q in "ab"
+                    ],
                 }
                 for k in range(2)
             ],
@@ -447,15 +452,12 @@ def test_squad_split_depends_on_the_seed_alone(tmp_path):
 
 def test_held_out_is_a_tenth_and_at_least_one_of_two():
     held_out = load_stage("00_prepare_data").held_out
-    assert [len(held_out([str(k) for k in range(n)], 13, "sw")) for n in (0, 1, 2, 20, 100)] == [
-        0,
-        0,
-        1,
-        2,
-        10,
-    ]
+    sizes = [len(held_out({"sw": [str(k) for k in range(n)]}, 13, "keys")) for n in (1, 2, 20, 100)]
+    assert sizes == [0, 1, 2, 10]
     keys = [str(k) for k in range(50)]
-    assert held_out(keys, 13, "sw") == held_out(keys[::-1], 13, "sw") != held_out(keys, 14, "sw")
+    held = held_out({"sw": keys}, 13, "keys")
+    assert held == held_out({"sw": keys[::-1]}, 13, "keys") != held_out({"sw": keys}, 14, "keys")
+    assert held == held_out({"sw": keys, "te": keys}, 13, "keys")  # translations
 
 
 def test_a_file_that_changes_its_language_is_prepared_again(tmp_path):
@@ -471,9 +473,13 @@ def test_a_file_that_changes_its_language_is_prepared_again(tmp_path):
     [
         ("{", "not a JSON object"),
         ('{"a": 1}', "KeyError('data'); want SQuAD's"),
-        ('{"data": [{"title": "t"}]}', "data[0]: KeyError('paragraphs')"),
-        ('{"data": [{"paragraphs": [{"qas": []}]}]}', "data[0]: KeyError('context')"),
-        ('{"data": [{"paragraphs": [{"context": "c", "qas": [{"id": 5, "question": "q"}]}]}]}', "'id' is 5"),
+        ('{"data": [{"title": "t"}]}', "data[0]: 'id' is missing"),
+        ('{"data": [{"paragraphs": [{"qas": []}]}]}', "data[0]: 'context' is missing"),
+        ('{"data": [{"paragraphs": 5}]}', "data[0]: TypeError"),
+        (
+            '{"data": [{"paragraphs": [{"context": "c", "qas": [{"id": [5], "question": "q"}]}]}]}',
+            "'id' is [5]",
+        ),
         (
             '{"data": [{"paragraphs": [{"context": "c", "qas": [{"id": "5", "question": "q"}, '
             '{"id": "5", "question": "r"}]}]}]}',
@@ -509,7 +515,7 @@ def tevatron(path, n_queries=20, lang=None):
 
 def test_tevatron_from_one_file(tmp_path):
     said = prepare("tevatron", tevatron(tmp_path / "any.jsonl.gz"), tmp_path / "out", "--lang", "fa")
-    assert "2 of 20 queries are held out as dev" in said
+    assert "2 of 20 queries held out as dev" in said
     train, dev = read(tmp_path / "out/train.jsonl"), read(tmp_path / "out/dev.jsonl")
     assert (
         len(train) == 18
@@ -526,11 +532,12 @@ def test_tevatron_from_one_file(tmp_path):
 def test_tevatron_with_dev_and_corpus(tmp_path):
     root = tmp_path / "in"
     tevatron(root / "train.jsonl", 3, lang="fa")
+    corpus = [{"docid": "p0", "text": TEXTS["fa"]}, passage("p1", TEXTS["fa"]), passage("other")]
     write(
         root / "dev.jsonl",
-        [query("d", [passage("p0", "x")], [passage("p1", "y", source="human")], "fa", subset="s")],
+        [query("d", [corpus[0]], [corpus[1] | {"source": "human"}], "fa", subset="s")],
     )
-    write(root / "corpus.jsonl.gz", [{"docid": "p0", "text": "x"}, passage("p1"), passage("other")])
+    write(root / "corpus.jsonl.gz", corpus)
     said = prepare("tevatron", root, tmp_path / "out")
     assert [p["docid"] for p in read(tmp_path / "out/corpus/fa.jsonl")] == ["p0", "p1", "other"]
     assert [r["query_id"] for r in read(tmp_path / "out/train.jsonl")] == ["0", "1"]
@@ -554,12 +561,34 @@ def test_flagembeddings_records_are_read(tmp_path):
 
 def test_two_texts_under_one_docid_are_an_error_that_names_both_lines(tmp_path):
     records = [query("1", [passage("a", "x")]), query("2", [passage("b")], [passage("a", "y")])]
-    for root in (tmp_path / "alone.jsonl", tmp_path / "beside"):
-        path = bad(root, "train.jsonl", records) if root.suffix == "" else bad(tmp_path, root.name, records)
-        if root.suffix == "":
-            write(root / "corpus.jsonl", [passage("a", "x"), passage("b")])
-        message = refused("tevatron", root, tmp_path / "out")
-        assert message.startswith(f"{path}:2: docid 'a' has had another text, at {path}:1;")
+    path = bad(tmp_path, "t.jsonl", records)
+    message = refused("tevatron", path, tmp_path / "out")
+    assert message.startswith(f"{path}:2: docid 'a' has another text at {path}:1; rename one, or take")
+    records[1] = query("2", [passage("a", "y")])
+    path = bad(tmp_path / "beside", "train.jsonl", records)
+    write(tmp_path / "beside/corpus.jsonl", [passage("a", "x"), passage("b")])
+    message = refused("tevatron", tmp_path / "beside", tmp_path / "out")
+    assert message.startswith(f"{path}:2: docid 'a' has another text in the corpus")
+
+
+def test_docids_that_number_the_passages_of_a_record_are_made_anew(tmp_path):
+    records = [query(f"{n}", [passage("p0", f"x {n}")], [passage("n0", "shared")]) for n in range(4)]
+    write(tmp_path / "t.jsonl", records)
+    prepare("tevatron", tmp_path / "t.jsonl", tmp_path / "out", "--docids-from-texts")
+    corpus = {p["docid"]: p["text"] for p in read(tmp_path / "out/corpus/sw.jsonl")}
+    assert sorted(corpus.values()) == ["shared", "x 0", "x 1", "x 2", "x 3"]
+    for record in read(tmp_path / "out/train.jsonl"):
+        assert corpus[record["positive_passages"][0]["docid"]] == f"x {record['query_id']}"
+
+
+def test_a_passage_is_not_both_positive_and_negative(tmp_path):
+    negatives = [passage("a"), passage("b"), passage("b")]
+    write(tmp_path / "t.jsonl", [query("1", [passage("a")], negatives)])
+    said = prepare("tevatron", tmp_path / "t.jsonl", tmp_path / "out")
+    record = read(tmp_path / "out/train.jsonl")[0]
+    assert [p["docid"] for p in record["positive_passages"]] == ["a"]
+    assert [p["docid"] for p in record["negative_passages"]] == ["b"]
+    assert "2 negatives that their query has already" in said
 
 
 @pytest.mark.parametrize(
@@ -567,17 +596,17 @@ def test_two_texts_under_one_docid_are_an_error_that_names_both_lines(tmp_path):
     [
         (
             [query("1", [passage("a", "x")]), query("2", [passage("a", "y")])],
-            ":2: docid 'a' has had another text, at",
+            ":2: docid 'a' has another text at",
         ),
-        ([{"query": "q", "pos": "a text", "neg": []}], "'pos' is no list of texts; want FlagEmbedding's"),
+        ([{"lang": "sw", "query": "q", "pos": "a text", "neg": []}], "'positive_passages' is no list"),
         (
             [{"query_id": "1", "query": "q", "positive_document_ids": ["a"]}],
             "positive_document_ids have no texts",
         ),
-        ([query("1", [passage("a")], [passage("a")])], "both positive and negative"),
         ([query("1", [passage("a")]), query("1", [passage("b")])], ":2: query '1' is there twice"),
         ([query("1", [passage("a")]), query("2", [])], ":2: query '2' has no positive_passages"),
-        ([query("1", [passage("a")]), query(2, [passage("b")])], ":2: 'query_id' is 2"),
+        ([query("1", [passage("a")]), query([2], [passage("b")])], ":2: 'query_id' is [2]"),
+        ([query("1", [passage("a")], [5])], ":1: negative_passages: a passage is 5; want"),
         ([query("1", [passage("a", "")])], ":1: positive_passages: passage 'a': 'text' is \"\""),
         ([query("1", [passage("a")], lang="../x")], "cannot name a file"),
         ([{"query_id": "1", "query": "q", "positive_passages": [passage("a")]}], ":1: no 'lang'"),
@@ -589,21 +618,240 @@ def test_tevatron_errors(tmp_path, records, said):
     assert message.startswith(str(path)) and said in message
 
 
+# --------------------------------------------------------------------------- what people bring
+
+
+def article(title, *paragraphs):
+    """A SQuAD article of (context, [questions]); a question is (id, text) or has more fields."""
+    made = []
+    for context, questions in paragraphs:
+        qas = [
+            q if isinstance(q, dict) else {"id": q[0], "question": q[1], "answers": ["x"]} for q in questions
+        ]
+        made.append({"context": context, "qas": qas})
+    return {"title": title, "paragraphs": made}
+
+
+def write_squad(root, **articles):
+    for lang, of_lang in articles.items():
+        write(root / f"x.{lang}.json", json.dumps({"data": of_lang}))
+    return root
+
+
+def splits(out, key="query_id"):
+    return [{r[key] for r in read(out / f"{split}.jsonl")} for split in ("train", "dev")]
+
+
+def test_a_paragraph_spelt_in_another_way_is_one_passage(tmp_path):
+    spelt = ["제목 서울", unicodedata.normalize("NFD", "제목 서울"), "제목  서울\n"]
+    articles = [article(f"T{n}", (text, [(f"q{n}", f"질문 {n}")])) for n, text in enumerate(spelt)]
+    articles += [article(f"U{n}", (f"다른 {n}", [(f"r{n}", f"물음 {n}")])) for n in range(3)]
+    for seed in range(4):
+        prepare("squad", write_squad(tmp_path / "in", ko=articles), tmp_path / "out", "--seed", seed)
+        assert len(read(tmp_path / "out/corpus/ko.jsonl")) == 4
+        train, dev = splits(tmp_path / "out")
+        assert dev and {"q0", "q1", "q2"} in (train & {"q0", "q1", "q2"}, dev & {"q0", "q1", "q2"})
+
+
+@pytest.mark.parametrize("how", ["same titles", "translated titles", "another order", "fewer articles"])
+def test_translations_are_held_out_together(tmp_path, how):
+    def translated(lang):
+        made = [
+            article(f"T{n}", *((f"{lang} {n} {k}", [(f"q{n}-{k}", f"{lang}? {n}{k}")]) for k in range(3)))
+            for n in range(30)
+        ]
+        if lang == "de" and how == "translated titles":
+            made = [a | {"title": f"de {a['title']}"} for a in made]
+        if lang == "de" and how == "another order":
+            made = [a | {"title": ""} for a in made[::-1]]
+        return made[7:] if lang == "de" and how == "fewer articles" else made
+
+    root = write_squad(tmp_path / "in", en=translated("en"), de=translated("de"), es=translated("es"))
+    prepare("squad", root, tmp_path / "out")
+    train, dev = splits(tmp_path / "out")
+    assert dev and not train & dev
+
+
+def test_translated_records_and_one_question_under_several_ids_are_held_out_together(tmp_path):
+    def asked(n, lang, text):
+        return query(f"{n}", [passage(f"p{n}", f"{lang} {n}")], lang=lang) | {"query": text}
+
+    records = [
+        asked(n, lang, f"{lang} {n // 3}?" + " " * (n % 3)) for lang in ("sw", "te") for n in range(60)
+    ]
+    write(tmp_path / "t.jsonl", records)
+    prepare("tevatron", tmp_path / "t.jsonl", tmp_path / "out")
+    train, dev = splits(tmp_path / "out")
+    assert len(dev) == 6 and not train & dev
+    train, dev = splits(tmp_path / "out", "query")
+    assert not {" ".join(q.split()) for q in train} & {" ".join(q.split()) for q in dev}
+
+
+def test_a_question_in_both_of_two_given_splits_is_told(tmp_path):
+    root = beir(tmp_path / "in")
+    write(
+        root / "queries.jsonl",
+        [{"_id": "q1", "text": "Qué  es"}, {"_id": "q2", "text": "que\u0301 es".upper()}],
+    )
+    write(root / "qrels/train.tsv", "q2\td1\t1\n")
+    write(root / "qrels/test.tsv", "q1\td1\t1\n")
+    said = prepare("beir", root, tmp_path / "out", "--lang", "es")
+    assert "1 train queries with the same text as a dev query" in said
+
+
+@pytest.mark.parametrize(
+    "fields, answerable",
+    [
+        ({"answers": [{"text": "x", "answer_start": 0}]}, True),
+        ({"answers": {"text": ["x"], "answer_start": [0]}, "is_impossible": "False"}, True),
+        ({"answers": ["x"], "is_impossible": 0, "plausible_answers": []}, True),
+        ({}, True),  # as in test sets
+        ({"answers": []}, False),
+        ({"answers": None}, False),
+        ({"answers": [{"text": " "}]}, False),
+        ({"answers": [{"text": None}]}, False),
+        ({"answers": {"text": [], "answer_start": []}}, False),
+        ({"plausible_answers": [{"text": "x"}]}, False),
+        ({"answers": [{"text": "x"}], "is_impossible": True}, False),
+        ({"answers": [{"text": "x"}], "is_impossible": "True"}, False),
+    ],
+)
+def test_unanswerable_questions_in_all_their_spellings(fields, answerable):
+    assert load_stage("00_prepare_data").has_answer({"id": "1", "question": "?"} | fields) == answerable
+
+
+@pytest.mark.parametrize("layout", ["list", "paragraphs", "questions", "columns", "BOM", "pretty"])
+def test_squad_files_of_other_layouts(tmp_path, layout):
+    articles = [article(f"T{n}", (f"c{n}", [(n, f"q{n}?")])) for n in range(4)]
+    flat = [
+        {"id": n, "title": f"T{n}", "context": f"c{n}", "question": f"q{n}?", "answers": ["x"]}
+        for n in range(4)
+    ]
+    content = {
+        "list": articles,
+        "paragraphs": [a["paragraphs"][0] | {"title": a["title"]} for a in articles],
+        "questions": flat,
+        "columns": [q | {"answers": {"text": ["x"], "answer_start": [0]}} for q in flat],
+    }.get(layout, {"data": articles})
+    text = json.dumps(content, indent=1 if layout == "pretty" else None)
+    write(tmp_path / "in/x.sw.json", "\ufeff" * (layout == "BOM") + text)
+    prepare("squad", tmp_path / "in", tmp_path / "out")
+    assert read(tmp_path / "out/corpus/sw.jsonl") == [passage(f"{n}#0", f"c{n}", f"T{n}") for n in range(4)]
+    train, dev = splits(tmp_path / "out")
+    assert train | dev == {"0", "1", "2", "3"} and len(dev) == 1
+
+
+def test_squad_files_whose_names_have_no_language(tmp_path):
+    squad(tmp_path / "in")
+    for name in ("dev-v2.0.json", "squad.dev.json", "x.json"):
+        path = tmp_path / "in" / name
+        write(path, (tmp_path / "in/dev.ko.json").read_bytes())
+        message = refused("squad", tmp_path / "in", tmp_path / "out")
+        assert message.startswith(f"{path}: want NAME.CODE.json[.gz]") and "--lang CODE" in message
+        path.unlink()
+    for path in list((tmp_path / "in").iterdir()):
+        path.rename(path.with_name(path.name.replace(".ko.", "-v1.")))
+    prepare("squad", tmp_path / "in", tmp_path / "out", "--lang", "ko")
+    assert len(read(tmp_path / "out/corpus/ko.jsonl")) == 40
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    root = beir(tmp_path / "in")
+    prepare("beir", root, tmp_path / "plain", "--lang", "ja")
+    for path in root.rglob("*.*"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    prepare("beir", root, tmp_path / "marked", "--lang", "ja")
+    assert tree(tmp_path / "plain") == tree(tmp_path / "marked")
+    write(tmp_path / "th" / TOPICS, "\ufeffq#1\ta\n")
+    root = miracl(tmp_path / "th2")
+    write(root / TOPICS, "\ufeffq#1\ta\n007\tb\n")
+    prepare("miracl", root, tmp_path / "out")
+    assert read(tmp_path / "out/train.jsonl")[0]["query_id"] == "q#1"
+
+
+@pytest.mark.parametrize("name", ["corpus.jsonl", "queries.jsonl", "qrels/train.tsv"])
+@pytest.mark.parametrize("n_lines", [1, 3])
+def test_utf_16_and_other_packers_are_named(tmp_path, name, n_lines):
+    root, out = beir(tmp_path / "in"), tmp_path / "out"
+    lines = (root / name).read_text("utf-8").splitlines(keepends=True)[-n_lines:]
+    (root / name).write_bytes("".join(lines).encode("utf-16"))
+    message = refused("beir", root, out, "--lang", "ja")
+    assert message.startswith(f"{root / name}:1: not valid UTF-8") and "convert the file" in message
+    (root / name).rename(root / f"{name}.zst")
+    message = refused("beir", root, out, "--lang", "ja")
+    assert message.startswith(f"{root / name}.zst: ") and "unpack it" in message
+
+
+@pytest.mark.parametrize(
+    "qrels",
+    [
+        "query-id\tcorpus-id\tscore\nq2\td1\t2\nq2\td2\t-1\n",
+        "qid docid rel\nq2 d1 2\nq2 d2 -1\n",
+        "q2 0 d1 2\nq2 Q0 d2 -1\n",
+        "query_id\titer\tdocument_id\trelevance\r\nq2\t0\td1\t 2 \r\nq2\t0\td2\t-1.0\r\n",
+        "q2\td1\t2.0\n\nq2\td1\t2\nq2\td2\t-1\n",  # one judgment twice, the same
+    ],
+)
+def test_qrels_of_other_layouts(tmp_path, qrels):
+    root = beir(tmp_path / "in")
+    write(root / "qrels/train.tsv", qrels)
+    prepare("beir", root, tmp_path / "out", "--lang", "ja")
+    assert (tmp_path / "out/qrels/train/ja.tsv").read_text() == "q2\t0\td1\t2\nq2\t0\td2\t-1\n"
+    record = read(tmp_path / "out/train.jsonl")[0]
+    assert [p["docid"] for p in record["positive_passages"] + record["negative_passages"]] == ["d1", "d2"]
+
+
+def test_ids_that_are_numbers_are_strings_of_them(tmp_path):
+    root = tmp_path / "in"
+    write(root / "corpus.jsonl", [{"_id": 1, "text": "one"}, {"_id": 2.0, "title": None, "text": "two"}])
+    write(root / "queries.jsonl", [{"_id": 7, "text": "?"}])
+    write(root / "qrels/test.tsv", "7\t1\t1\n7\t2\t0\n")
+    prepare("beir", root, tmp_path / "out", "--lang", "sw")
+    record = read(tmp_path / "out/dev.jsonl")[0]
+    assert record["query_id"] == "7" and record["positive_passages"] == [passage("1", "one")]
+    assert record["negative_passages"] == [passage("2", "two", source="human")]
+    write(
+        tmp_path / "t.jsonl", [query(n, [passage(n, f"x{n}")], [passage(10 + n, f"y{n}")]) for n in range(3)]
+    )
+    prepare("tevatron", tmp_path / "t.jsonl", tmp_path / "out2")
+    assert {p["docid"] for p in read(tmp_path / "out2/corpus/sw.jsonl")} == {"0", "1", "2", "10", "11", "12"}
+
+
+def test_a_title_without_a_text_is_a_document(tmp_path):
+    root = beir(tmp_path / "in")
+    corpus = [{"_id": "d1", "title": "題", "text": ""}, {"_id": "d2", "title": "二", "text": None}]
+    write(root / "corpus.jsonl", [*corpus, {"_id": "d3", "title": " ", "text": ""}])
+    said = prepare("beir", root, tmp_path / "out", "--lang", "ja")
+    assert read(tmp_path / "out/corpus/ja.jsonl") == [passage("d1", "", "題"), passage("d2", "", "二")]
+    assert "1 empty passages" in said
+    assert read(tmp_path / "out/train.jsonl")[0]["positive_passages"] == [passage("d1", "", "題")]
+
+
+def test_flagembeddings_scores_and_prompts_do_no_harm(tmp_path):
+    more = {"pos_scores": [1.5], "neg_scores": [0.1], "prompt": "Represent", "type": "normal"}
+    records = [
+        {"query": f"q{n}", "pos": [f"p{n}"], "neg": [f"n{n}", f"n{n} ", f"p{n}"]} | more for n in range(3)
+    ]
+    write(tmp_path / "bge.jsonl", records)
+    said = prepare("tevatron", tmp_path / "bge.jsonl", tmp_path / "out", "--lang", "th")
+    for record in read(tmp_path / "out/train.jsonl"):
+        assert [p["text"][0] for p in record["positive_passages"] + record["negative_passages"]] == ["p", "n"]
+    assert "6 negatives that their query has already" in said
+
+
+def test_a_relevance_that_nothing_has_is_named(tmp_path):
+    message = refused("beir", beir(tmp_path / "in"), tmp_path / "out", "--lang", "ja", "--min-relevance", 3)
+    assert "no query has a positive (relevance 3) there" in message and "another --min-relevance" in message
+
+
 # --------------------------------------------------------------------------- sample; the folder as a whole
 
 
-def sample(tmp_path):
-    """A small collection in the layout of the output: made from MIRACL's, so equal to it byte for byte."""
-    prepare("miracl", miracl(tmp_path / "in", ["th", "ko"]), tmp_path / "sample")
-    return tmp_path / "sample"
-
-
 def test_the_sample_is_copied_whole(tmp_path):
-    root = sample(tmp_path)
-    prepare("sample", root, tmp_path / "out")
-    assert tree(tmp_path / "out") == tree(root)
-    prepare("sample", root, tmp_path / "cut", "--lang", "th", "--limit", 1)
-    assert [(r["lang"], r["query_id"]) for r in read(tmp_path / "cut/train.jsonl")] == [("th", "q#1")]
+    done = run_stage(SCRIPT, "--source", "sample", "--out", tmp_path / "out")
+    assert done.returncode == 0 and tree(tmp_path / "out") == tree(ROOT / "sample/data")
+    run_stage(SCRIPT, "--source", "sample", "--out", tmp_path / "cut", "--lang", "th", "--limit", 1)
+    assert [r["lang"] for r in read(tmp_path / "cut/train.jsonl")] == ["th"]
     assert sorted(tree(tmp_path / "cut")) == [
         "corpus/th.jsonl",
         "dev.jsonl",
@@ -611,10 +859,14 @@ def test_the_sample_is_copied_whole(tmp_path):
         "qrels/train/th.tsv",
         "train.jsonl",
     ]
-    assert (
-        "where the input lies"
-        in run_stage(SCRIPT, "--source", "sample", "--root", root, "--out", root, "--overwrite").stderr
-    )
+    assert "--source sample" not in refused("sample", tmp_path, tmp_path / "no")
+
+
+def test_the_input_is_not_overwritten(tmp_path):
+    root = beir(tmp_path / "in")
+    before = tree(root)
+    done = run_stage(SCRIPT, "--source", "beir", "--root", root, "--out", root, "--lang", "ja", "--overwrite")
+    assert done.returncode == 2 and "where the input lies" in done.stderr and tree(root) == before
 
 
 def test_a_finished_output_is_kept_and_a_changed_one_made_again(tmp_path):
@@ -627,7 +879,7 @@ def test_a_finished_output_is_kept_and_a_changed_one_made_again(tmp_path):
     assert "is missing or was changed" not in prepare("miracl", root, out, "--overwrite")
     assert (out / "train.jsonl").stat().st_ino != before[1] and tree(out) == before[0]
     (out / "dev.jsonl").write_text("")
-    assert "dev.jsonl is missing or was changed" in prepare("miracl", root, out) and tree(out) == before[0]
+    assert "a file is missing or was changed" in prepare("miracl", root, out) and tree(out) == before[0]
     write(root / TOPICS, "q#1\tchanged\n007\tagent?\n")
     assert "changed, making it again" in prepare("miracl", root, out)
     assert read(out / "train.jsonl")[0]["query"] == "changed"

@@ -194,11 +194,7 @@ def row(text, first):
 def test_every_part_shows_the_numbers_of_the_stages(report, tmp_path):
     text = make_report(report, make_run(tmp_path))
     scores = section(text, "Scores by language")
-    assert (
-        "Ours is 2.5 nDCG@10 above start on average (p = 0.012): "
-        "better in 4 of 4 languages, better than BM25 in 4"
-        in scores
-    )
+    assert "Ours is 2.5 nDCG@10 above start on average (p = 0.012): better in 4 of 4 languages" in scores
     assert row(scores, "Telugu (te)")[:8] == [
         "Telugu (te)",
         "20",
@@ -212,17 +208,17 @@ def test_every_part_shows_the_numbers_of_the_stages(report, tmp_path):
     assert row(scores, "Japanese (ja)")[7] == "**0.030**"
     assert row(scores, "Yoruba (yo, zero-shot)")[4] == "54.0"
     assert row(scores, "**avg of 4**")[2:8] == [
-        "**40.0**",
-        "**50.0**",
-        "**52.5**",
+        "40.0",
+        "50.0",
+        "52.5",
         "+2.5",
         "+1.5 to +3.5",
         "**0.012**",
     ]
     assert row(scores, "**avg of the 3 with training data**")[2:6] == [
-        "**40.0**",
-        "**50.0**",
-        "**52.0**",
+        "40.0",
+        "50.0",
+        "52.0",
         "+2.0",
     ]
     removed = section(text, "False negatives removed")
@@ -240,16 +236,6 @@ def test_every_part_shows_the_numbers_of_the_stages(report, tmp_path):
     assert row(topics, "0")[:4] == ["0", "21", "35.0", "3"]
     assert all(TITLES[lang] in row(topics, "0")[4] for lang in ("th", "ja", "te"))
     assert "MRR@10 0.81, at the end 0.62" in section(text, "Training")
-    assert row(section(text, "Cost"), "`03_generate_negatives.py`")[3:] == ["35", "4", "60", ""]
-    assert row(section(text, "Cost"), "`02_filter_false_negatives.py`") == [
-        "`02_filter_false_negatives.py`",
-        "12.5",
-        "345",
-        "777",
-        "",
-        "8888",
-        "999",
-    ]
 
 
 def test_figures_are_drawn_without_missing_glyphs_and_not_blank(report, tmp_path):
@@ -281,48 +267,18 @@ def test_a_long_title_and_note_stay_inside_the_figure(report):
     assert figure.get_suptitle().replace("\n", " ").startswith(title.strip())
 
 
-def test_the_papers_row_is_compared_only_with_full_miracl(report, tmp_path):
-    def full(top, **settings):
-        run = make_run(top, langs=LANGS, llm="Llama-3.1-70B-Instruct", **settings)
-        metrics = json.loads((run / "eval/metrics.json").read_text("utf-8"))
-        for rows in metrics["models"].values():
-            for lang in LANGS:
-                rows[lang]["queries"] = report.PAPER["sizes"][lang]["dev_queries"]
-        write(run / "eval/metrics.json", metrics)
-        write(
-            top / "data.meta.json",
-            {
-                "counts": {
-                    "languages": {
-                        lang: {"passages": report.PAPER["sizes"][lang]["passages"]} for lang in LANGS
-                    }
-                }
-            },
-        )
-        return run
-
-    def scores(run):
+def test_the_papers_columns_are_of_the_backbone_and_called_a_reference(report, tmp_path):
+    def scores(name, encoder):
+        run = make_run(tmp_path / name, langs=LANGS, encoder=encoder)
         return report.score_tables(report.gather(run)[0])
 
-    text = scores(full(tmp_path / "full"))
-    assert "| paper: BM25 | paper: BGE | paper: Ours BGE |" in text and "not comparable" not in text
+    text = scores("bge", "BAAI/bge-m3")
+    assert "| paper: BM25 | paper: BGE | paper: Ours BGE |" in text
     assert row(text, "Telugu (te)")[-3:] == ["49.4", "86.2", "87.3"]
     assert row(text, "**avg of 16**")[-3:] == ["39.4", "69.2", "70.6"]
-    assert "paper: Ours mE5 |" in scores(full(tmp_path / "e5", encoder="intfloat/multilingual-e5-large"))
-    for name, settings in (
-        ("pool", {"pool": "judged", "pool_note": "JUDGED POOL"}),
-        ("limit", {"limit": 5}),
-        ("split", {"split": "test"}),
-        ("other encoder", {"encoder": "models/sample"}),
-    ):
-        text = scores(full(tmp_path / name, **settings))
-        assert "reference, not comparable: Ours BGE" in text and "| paper: " not in text, name
-    run = full(tmp_path / "smaller")
-    sizes = {lang: {"passages": report.PAPER["sizes"][lang]["passages"]} for lang in LANGS} | {
-        "sw": {"passages": 3597}
-    }
-    write(tmp_path / "smaller/data.meta.json", {"counts": {"languages": sizes}})
-    assert "reference, not comparable: Ours BGE" in scores(run)
+    assert "**The paper's columns are a reference**" in text
+    assert "paper: Ours mE5 |" in scores("e5", "intfloat/multilingual-e5-large")
+    assert "paper: Ours BGE |" in scores("other", "models/sample")
 
 
 def test_the_stand_in_and_the_judged_pool_are_named_at_the_top_and_in_captions(report, tmp_path):
@@ -347,15 +303,12 @@ def test_lang_and_limit_change_what_is_shown(report, tmp_path):
         "Japanese" not in text
         and "Ours is 2.5 nDCG@10 above start on average: better in 2 of 2 languages" in scores
     )
-    assert row(scores, "**avg of 2**")[2:8] == ["**40.0**", "**50.0**", "**52.5**", "+2.5", "", ""]
+    assert row(scores, "**avg of 2**")[2:8] == ["40.0", "50.0", "52.5", "+2.5", "", ""]
     assert row(section(text, "False negatives"), "**all**")[1:4] == ["1000", "130", "13.0"]
     assert row(section(text, "Where the negatives"), "**all**")[1] == "200"
     assert row(section(make_report(report, run, "--limit", "7"), "Where the negatives"), "**all**")[1] == "28"
-    from common import DataError
-
-    with pytest.raises(DataError, match="--lang fi: none of them was evaluated"):
-        (run / "topics.jsonl").unlink()
-        make_report(report, run, "--lang", "fi")
+    (run / "topics.jsonl").unlink()
+    assert "**Left out**: Scores by language (Table 1)" in make_report(report, run, "--lang", "fi")
 
 
 def test_what_is_missing_is_left_out_and_said(report, tmp_path):
@@ -390,8 +343,7 @@ def test_a_finished_report_is_made_again_only_when_something_changed(report, tmp
     figure.write_bytes(b"marked")
     make_report(report, run)
     assert figure.read_bytes() == b"marked"
-    figure.unlink()
-    make_report(report, run)
+    make_report(report, run, "--overwrite")
     assert figure.read_bytes() == drawn and page.read_bytes() == first
     make_run(tmp_path, llm="gpt-4o")
     make_report(report, run)

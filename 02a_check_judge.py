@@ -22,7 +22,8 @@ from llm import LLM, in_order, judge_candidates, judge_flags
 
 def build_parser():
     parser = Parser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=command)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=command,
+                                     help="each explains its flags with --help")
     part = commands.add_parser("calibrate", help="judge pairs that people have judged").common_flags()
     part.add_argument("--input", required=True, metavar="FILE", help="train.jsonl, or Tevatron's layout")
     judge_flags(part)

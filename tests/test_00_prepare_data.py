@@ -138,7 +138,7 @@ def test_what_is_not_in_the_corpus_is_left_out_and_counted(tmp_path):
     table = prepare("miracl", root, tmp_path / "out")
     assert [r["query_id"] for r in read(tmp_path / "out" / "train.jsonl")] == ["007"]
     assert (tmp_path / "out/qrels/train/th.tsv").read_text() == "007\t0\t2#0\t1\n"
-    told = table.splitlines()[-1].removeprefix("th: ").split(", ")
+    told = table.splitlines()[-2].removeprefix("th: ").split(", ")
     assert sorted(told) == [
         "1 dev",
         "1 empty passages",
@@ -753,6 +753,8 @@ def test_squad_files_whose_names_have_no_language(tmp_path):
         path.rename(path.with_name(path.name.replace(".ko.", "-v1.")))
     prepare("squad", tmp_path / "in", tmp_path / "out", "--lang", "ko")
     assert len(read(tmp_path / "out/corpus/ko.jsonl")) == 40
+    prepare("squad", tmp_path / "in/dev-v1.json", tmp_path / "out", "--lang", "ko")
+    assert len(read(tmp_path / "out/corpus/ko.jsonl")) == 1
 
 
 def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
@@ -779,7 +781,7 @@ def test_utf_16_and_other_packers_are_named(tmp_path, name, n_lines):
     assert message.startswith(f"{root / name}:1: not valid UTF-8") and "convert the file" in message
     (root / name).rename(root / f"{name}.zst")
     message = refused("beir", root, out, "--lang", "ja")
-    assert message.startswith(f"{root / name}.zst: ") and "unpack it" in message
+    assert message.startswith(f"{root / name}.zst:1: not valid UTF-8") and "unpack it" in message
 
 
 @pytest.mark.parametrize(
@@ -842,6 +844,10 @@ def test_flagembeddings_scores_and_prompts_do_no_harm(tmp_path):
 def test_a_relevance_that_nothing_has_is_named(tmp_path):
     message = refused("beir", beir(tmp_path / "in"), tmp_path / "out", "--lang", "ja", "--min-relevance", 3)
     assert "no query has a positive (relevance 3) there" in message and "another --min-relevance" in message
+    question = {"id": "1", "question": "?", "answers": []}
+    root = write_squad(tmp_path / "squad", sw=[article("T", ("c", [question]))])
+    done = run_stage(SCRIPT, "--source", "squad", "--root", root, "--out", tmp_path / "out")
+    assert done.returncode == 2 and "sw: 1 unanswerable questions, 1 passages" in done.stderr
 
 
 # --------------------------------------------------------------------------- sample; the folder as a whole

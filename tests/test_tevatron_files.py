@@ -224,7 +224,7 @@ def test_04_and_05_take_hand_written_records(tevatron, encoder, tmp_path):
         (lambda r: r.pop("positive_passages"), "hand.jsonl:2: query 'q2' has no positive_passages"),
         (lambda r: r.update(query=" "), "hand.jsonl:2: 'query' is \" \""),
         (
-            lambda r: r["negative_passages"][0].update(text=""),
+            lambda r: r["negative_passages"][0].update(text="", title=""),
             "hand.jsonl:2: negative_passages: passage '5#0': 'text' is",
         ),
         (lambda r: r.update(query_id=7), "hand.jsonl:2: 'query_id' is 7"),

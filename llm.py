@@ -231,6 +231,8 @@ class LLM:
         """
         why = [] if why is None else why
         settings |= self.settings
+        if "max_completion_tokens" in self.settings:
+            settings.pop("max_tokens", None)
         key, text = self._stored([self.model, settings, messages])
         value = None if text is None else parse(text)
         if value is not None:
@@ -332,39 +334,43 @@ class LLM:
                              f"try {self.TO_TRY.get(most, 'other settings')}")
 
     def _stop(self, trouble):
-        self.stopped = DataError(f"{self.model}: {trouble}; what was answered is in {self.path}")
+        error = DataError(f"{self.model}: {trouble}; what was answered is in {self.path}")
+        self.stopped = self.stopped or error  # the first tells most
         return self.stopped
 
     async def _attempt(self, body):
         """(the text of one answer, None), or (what there is of it, why it is of no use)."""
-        known = self.more_tokens
         try:
-            text, reason = read_answer(await self._post(body))
+            answer, sent = await self._post(body)
         except Unusable as trouble:
             return "", str(trouble)
-        if reason != "cut off" or known is not None or "max_tokens" not in body:
-            return text, reason
-        if self.more_tokens is None:
+        text, reason = read_answer(answer)
+        if reason == "cut off" and "max_tokens" in body and self.more_tokens is None:
             self.more_tokens = self.MORE_TOKENS
             say(f"{self.model}: {body['max_tokens']} tokens are too few for an answer; "
                 f"{self.MORE_TOKENS} more are allowed from now on")
-        return await self._attempt(body)
+        if reason == "cut off" and sent != self._adapted(body):
+            return await self._attempt(body)
+        return text, reason
 
     async def _post(self, body):
-        """The server's answer. The first call of a kind goes alone: what it teaches is learned once."""
+        """(the server's answer, the request as it was sent).
+
+        The first call of a kind goes alone: what it teaches is learned once.
+        """
         kind = frozenset(body)
         async with self.pace:
             if kind not in self.reached:
                 async with self.first:
                     if kind not in self.reached:
-                        answer = await self._send(body)
+                        answer, sent = await self._send(body)
                         if self.more_tokens is not None or read_answer(answer)[1] != "cut off":
                             self.reached.add(kind)
-                        return answer
+                        return answer, sent
             return await self._send(body)
 
     async def _send(self, body):
-        """The server's answer to one request, sent again after a while where the server has trouble."""
+        """The same for one request, sent again after a while where the server has trouble."""
         for tries in itertools.count():
             if self.stopped:  # what waited for its turn ends with the run
                 raise self.stopped
@@ -374,7 +380,7 @@ class LLM:
             if status == 200:
                 self.pace.answered(started)
                 self._note(answer)
-                return answer
+                return answer, sent
             if status == 408:
                 self._note_late(started)
                 if self.reached:

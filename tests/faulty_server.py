@@ -71,6 +71,7 @@ class Server:
             message,
             retry_after,
         )  # status: always answer this one
+        self.answers_as = None  # the model's name in the answers; None: as asked for
         self.models = models  # what /v1/models lists
         self.never = never  # prompts with this word get an empty answer each time
         self.log = open(log, "a", encoding="utf-8") if log else None
@@ -132,7 +133,8 @@ class Server:
         text = "" if self.never and self.never in prompt else json.dumps(answer(prompt))
         text, finish, refusal = spoiled(kind, text, draw)
         message = {"role": "assistant", "content": text, "refusal": refusal}
-        reply = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"],
+        reply = {"id": "x", "object": "chat.completion", "created": 0,
+                 "model": self.answers_as or body["model"],
                  "choices": [{"index": 0, "finish_reason": finish, "message": message}],
                  "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}}
         self.send(writer, 200, reply)

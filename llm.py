@@ -93,8 +93,9 @@ class Pace:
         self.slots = asyncio.Semaphore(self.limit)
         self.surplus = 0  # slots that vanish as soon as their calls end
         self.fastest = math.inf
-        self.halved = 0.0  # when; from then on the limit only falls
-        self.ended = Counter()  # since then: whether calls were late
+        self.grows = True
+        self.ended = Counter()  # since the limit was halved: whether calls were late
+        self.counts_from = -math.inf  # calls made before this still waited behind those that were given up
 
     async def __aenter__(self):
         await self.slots.acquire()
@@ -110,18 +111,20 @@ class Pace:
         self.fastest = min(self.fastest, seconds)
         self.ended[False] += 1
         soon = seconds < max(self.timeout / 4, 2 * self.fastest)
-        if soon and self.limit < self.most and not self.halved:
+        if soon and self.grows and self.limit < self.most:
             self.limit += 1
             self.slots.release()
 
     def late(self, started):
         """Whether this time-out halves the limit: one in ten calls is late, which is more than chance."""
         self.ended[True] += 1
-        if started < self.halved or 10 * self.ended[True] < self.ended.total():
+        chance = 10 * self.ended[True] < self.ended.total()
+        if chance or self.limit == 1 or started < self.counts_from:
             return False
-        self.surplus += self.limit - max(1, self.limit // 2)
-        self.limit = max(1, self.limit // 2)
-        self.halved = time.monotonic()
+        self.surplus += self.limit - self.limit // 2
+        self.limit //= 2
+        self.grows = False
+        self.counts_from = time.monotonic() + self.timeout
         self.ended.clear()
         return True
 
@@ -438,7 +441,7 @@ class LLM:
         halved = self.pace.late(started)
         if halved or not self.stats["late"]:
             say(f"{self.model}: no answer in {self.timeout:g} s; such calls are made again"
-                + (f", at most {self.pace.limit} at once from now on" if halved else ""))
+                + (f", at most {self.pace.limit} at once" if halved else ""))
         self.stats["late"] += 1
 
     def _adapted(self, body):

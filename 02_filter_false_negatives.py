@@ -37,7 +37,8 @@ def build_parser():
     flag("--out", required=True, metavar="FILE", help="filtered.jsonl")
     judge_flags(parser)
     flag("--relabel-at", type=int, choices=[2], metavar="2", help="make candidates of this grade positives")
-    flag("--cascade-llm", metavar="NAME", help="judges first; --llm is asked where it scores above 0 and 0")
+    flag("--cascade-llm", metavar="NAME",
+         help="judges first, without --llm-settings; --llm is asked where it scores above 0 and 0")
     flag("--cascade-base-url", metavar="URL", help="its server; default: as for --llm")
     flag("--rejudge-human", action="store_true", help="judge also what people judged non-relevant")
     flag("--max-unjudged", type=common.share, default=0.01, metavar="SHARE",

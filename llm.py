@@ -312,14 +312,15 @@ class LLM:
                 break
             if reason not in self.TO_TRY:  # no fault of the model
                 continue
-            if attempt == 2 and self.repeats is not False:
+            if attempt == (2 if wanted else 1) and self.repeats is not False:
                 self.repeats = text == first
             if attempt > 0 and self.repeats:
                 break
             request = body
             if attempt == 0:
                 first = text
-                request = with_complaint(body, f"Your last answer was {reason}. {wanted}")
+                if wanted:
+                    request = with_complaint(body, f"Your last answer was {reason}. {wanted}")
         why.append(reason)
         return None, None
 
@@ -409,13 +410,13 @@ class LLM:
         try:
             # not create(): it checks types that we know, at 1.7 times the CPU time a call
             answer = await self.client.post("/chat/completions", cast_to=object, body=body)
-        except openai.APITimeoutError:
-            return None, 408, f"no answer in {self.timeout:g} s", 0
         except openai.APIStatusError as error:
             wait = error.response.headers.get("retry-after", "")
             told = self._told(error.status_code, error.body or error)
             return None, error.status_code, told, int(wait) if wait.isdecimal() else 0
         except openai.APIConnectionError as error:
+            if isinstance(error.__cause__, httpx2.ReadTimeout):  # of lost connections ConnectTimeout comes
+                return None, 408, f"no answer in {self.timeout:g} s", 0
             while error.__cause__:  # the first cause knows most
                 error = error.__cause__
             return None, 503, self._told(type(error).__name__, error), 0
@@ -491,7 +492,7 @@ def digest(request):
 def with_complaint(body, complaint):
     """The same request, its last message saying what was wrong with the answer."""
     *before, last = body["messages"]
-    return body | {"messages": [*before, last | {"content": f"{last['content']}\n\n{complaint.strip()}"}]}
+    return body | {"messages": [*before, last | {"content": f"{last['content']}\n\n{complaint}"}]}
 
 
 def without_thoughts(text):

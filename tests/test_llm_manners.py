@@ -254,6 +254,21 @@ def test_a_judge_that_says_the_same_to_all_is_told(tmp_path, capsys):
     assert "alike" not in capsys.readouterr().err
 
 
+def test_a_lost_connection_is_no_slow_answer(tmp_path, capsys):
+    write(tmp_path / "in.jsonl", records(2, 20, 0))
+    with Running() as server:
+        lost = iter([True] * 10)
+
+        async def respond(body, writer, usual=server.respond):
+            if len(server.bodies) > 30 and next(lost, False):
+                return False
+            return await usual(body, writer)
+
+        server.respond = respond
+        filter_(tmp_path, server.url)
+    assert "no answer in" not in capsys.readouterr().err and next(lost, None) is None
+
+
 def test_a_slow_server_is_kept_busy_and_asked_nothing_twice(tmp_path):
     """One call at a time, 64 asked for: at 2 s a call and 120 s of patience all 64 would take 128 s."""
     write(tmp_path / "in.jsonl", records(10, 20, 0))

@@ -3,9 +3,11 @@
 Source  Sec. 3.3: NC_q = {d : LLM(q, d+, d) = 0}. The judge sees the query and a known positive as reference
         and scores accuracy and completeness, 0 to 2 each; the grade is the lower one. The main text keeps
         grade 0 only (--drop-at 1, default); in the appendix only 2 is a false negative (--drop-at 2).
+        --relabel-at 2 does not throw grade 2 away but trains on it as positive (RLHN, arXiv 2505.16967)
 Reads   candidates.jsonl of stage 01, or any file in Tevatron's layout (its negatives without `source: human`)
 Writes  filtered.jsonl: the records; negative_passages = kept [+ source, grade], false_negatives = removed
-        [+ accuracy, completeness, grade]; no candidate_passages; unjudged: [{docid, reason}] where no answer
+        [+ accuracy, completeness, grade]; no candidate_passages; with --relabel-at: further
+        positive_passages of source `relabelled`; unjudged: [{docid, reason}] where no answer
         was usable: it may be a false negative, so it is left out; the next run asks for it again
 Usage   python 02_filter_false_negatives.py --input candidates.jsonl --llm NAME --out filtered.jsonl
         In batches, for half the price: --batch-export F.jsonl, have F*.jsonl answered by the host or by
@@ -20,11 +22,12 @@ from pathlib import Path
 
 import common
 from common import DataError, Output, Parser, parse_line, progress, read_lines, read_queries, run, say
-from llm import LLM, Answers, in_order, judge_candidates, judge_flags, read_answer
+from llm import LLM, Answers, from_flags, in_order, judge_candidates, judge_flags, read_answer
 
 BATCH_REQUESTS = 50_000  # OpenAI's limits of one batch file
 BATCH_BYTES = 200_000_000
-ANSWER_TOKENS = 16  # of one judgment
+FORECAST_AT = 50  # answers
+ALIKE = 200  # verdicts
 
 
 def build_parser():
@@ -33,12 +36,16 @@ def build_parser():
     flag("--input", required=True, metavar="FILE", help="candidates.jsonl, or Tevatron's layout")
     flag("--out", required=True, metavar="FILE", help="filtered.jsonl")
     judge_flags(parser)
-    flag("--cascade-llm", metavar="NAME", help="judges first; --llm is asked where it scores above 0 and 0")
+    flag("--relabel-at", type=int, choices=[2], metavar="2", help="make candidates of this grade positives")
+    flag("--cascade-llm", metavar="NAME",
+         help="judges first, without --llm-settings; --llm is asked where it scores above 0 and 0")
     flag("--cascade-base-url", metavar="URL", help="its server; default: as for --llm")
     flag("--rejudge-human", action="store_true", help="judge also what people judged non-relevant")
     flag("--max-unjudged", type=common.share, default=0.01, metavar="SHARE",
          help="highest share of candidates without a usable answer; above it the exit status is 2")
     flag("--dry-run", action="store_true", help="print what it would cost and stop")
+    flag("--answer-tokens", type=common.positive_int, default=16, metavar="N",
+         help="of one answer, for --dry-run; one that thinks takes hundreds")
     flag("--tokenizer", metavar="MODEL", help="counts --dry-run's tokens: folder or hub name; default: --llm")
     flag("--price-in", type=float, nargs="+", default=[0], metavar="P",
          help="price of a million prompt tokens; a second one for --cascade-llm")
@@ -86,6 +93,7 @@ async def filter_record(llms, record, args):
     answer_of = {c["docid"]: answer for c, answer in zip(to_judge, answers)}
     kept = []
     removed = []
+    relabelled = []
     unjudged = []
     for passage in candidates:
         verdict, reason = answer_of.get(passage["docid"], ({"grade": 0}, None))
@@ -94,14 +102,18 @@ async def filter_record(llms, record, args):
         elif verdict["grade"] < args.drop_at:
             source = "human" if passage["docid"] in human else passage.get("source", "mined")
             kept.append(passage | {"source": source, "grade": verdict["grade"]})
+        elif verdict["grade"] == args.relabel_at and passage["docid"] not in human:
+            relabelled.append(passage | verdict | {"source": "relabelled"})
         else:
             removed.append(passage | verdict)
     counts.update(f"grade {verdict['grade']}" for verdict, _ in answers if verdict)
     counts.update(queries=1, candidates=len(candidates), judged=len(to_judge), kept=len(kept),
-                  human=len(candidates) - len(to_judge), removed=len(removed), unjudged=len(unjudged))
+                  human=len(candidates) - len(to_judge), removed=len(removed), unjudged=len(unjudged),
+                  relabelled=len(relabelled))
     for key in ("candidate_passages", "negative_passages", "false_negatives", "unjudged"):
         record.pop(key, None)
-    record |= {"negative_passages": kept, "false_negatives": removed}
+    record |= {"positive_passages": record["positive_passages"] + relabelled, "negative_passages": kept,
+               "false_negatives": removed}
     return record | ({"unjudged": unjudged} if unjudged else {}), counts
 
 
@@ -109,9 +121,11 @@ async def filter_record(llms, record, args):
 
 def clients(args, instead=None):
     """[the judge], and behind it the small judge of a cascade."""
-    servers = [(args.llm, args.base_url), (args.cascade_llm, args.cascade_base_url or args.base_url)]
-    return [LLM(name, args.cache, url, args.concurrency, args.timeout, instead)
-            for name, url in servers if name]
+    llms = [from_flags(args, instead)]
+    if args.cascade_llm:
+        url = args.cascade_base_url or args.base_url
+        llms.append(LLM(args.cascade_llm, args.cache, url, args.concurrency, args.timeout, instead))
+    return llms
 
 
 async def filter_all(llms, args):
@@ -135,16 +149,33 @@ def filtered(llms, args):
 
     async def next_result():
         return await anext(results, None)
+    seen = Counter()
     bar = progress(desc="judge", unit=" candidates", total=n_to_judge, disable=args.dry_run)
     with asyncio.Runner() as runner, bar:
         try:
             while result := runner.run(next_result()):
-                n_tokens = sum(llm.stats["prompt_tokens"] + llm.stats["completion_tokens"] for llm in llms)
-                bar.set_postfix_str(f"{n_tokens:,.0f} tokens, {money(llms, args):.2f} money", refresh=False)
+                bar.set_postfix_str(spent(llms, args), refresh=False)
                 bar.update(result[1]["judged"])
+                watch(llms, args, seen, n_to_judge, result[1])
                 yield result
         finally:
             runner.run(results.aclose())
+
+
+def watch(llms, args, seen, n_to_judge, counts):
+    """Tell, once each, what the whole run will take, and that a judge does not judge."""
+    first = llms[-1]  # it is asked about every candidate
+    if first.client and first.stats["asked"] >= FORECAST_AT and not seen["forecast"]:
+        seen["forecast"] = 1
+        say(f"forecast of the whole run: {spent(llms, args, n_to_judge * args.votes / first.n_done)}")
+    seen.update(counts)
+    grades = {grade: seen[f"grade {grade}"] for grade in range(3)}
+    n = sum(grades.values())
+    if n >= ALIKE and not seen["told"]:
+        seen["told"] = 1
+        if max(grades.values()) == n:
+            say(f"{args.llm}: the first {n} verdicts are all alike ({grades}); does it judge at all? "
+                "02a_check_judge.py calibrate tells")
 
 
 def report(args, table, reasons, llms):
@@ -153,11 +184,12 @@ def report(args, table, reasons, llms):
     for lang, n in sorted(table.items()):
         rate = n["removed"] / max(1, n["candidates"])
         say(f"{lang}: {n['candidates']} candidates, removed {n['removed']} ({rate:.1%}), kept {n['kept']}, "
-            f"human {n['human']}, unjudged {n['unjudged']}")
+            f"human {n['human']}, unjudged {n['unjudged']}"
+            + (f", relabelled as positives {n['relabelled']}" if args.relabel_at else ""))
     for reason, n in reasons.most_common(10):
         say(f"unjudged: {n} x {reason}")
     for llm in llms:
-        say(f"{llm.model}: {llm.stats['asked']} calls, {llm.stats['cached']} answers from {llm.path}")
+        say(llm.summary())
     if args.cascade_llm:
         say(f"cascade: {args.cascade_llm} settled {total['small: settled']} of {total['small: asked']}")
     if total["unjudged"] > args.max_unjudged * total["judged"]:
@@ -169,6 +201,14 @@ def report(args, table, reasons, llms):
 
 
 # ---- what it would cost
+
+def spent(llms, args, times=1):
+    """Calls, tokens and money so far, or so many times as much."""
+    n = sum((llm.stats for llm in llms), Counter())
+    return (f"{n['asked'] * times:,.0f} calls, {n['prompt_tokens'] * times:,.0f} prompt and "
+            f"{n['completion_tokens'] * times:,.0f} completion tokens, "
+            f"{money(llms, args) * times:,.2f} money")
+
 
 def money(llms, args):
     """What the calls cost so far; a single price is that of both models."""
@@ -198,7 +238,7 @@ def dry_run(args):
 
     def instead(llm, key, body):
         n_tokens = 10 + sum(count(llm.model, message["content"]) for message in body["messages"])  # template
-        llm.stats.update(asked=1, prompt_tokens=n_tokens, completion_tokens=ANSWER_TOKENS)
+        llm.stats.update(asked=1, prompt_tokens=n_tokens, completion_tokens=args.answer_tokens)
         return "counted"
     llms = clients(args, instead)
     total = sum((counts for _, counts in filtered(llms, args)), Counter())
@@ -321,7 +361,8 @@ def main(argv=None):
         report(args, table, reasons, llms)  # before the file gets its name
     output.write(records())
     total = sum(table.values(), Counter())
-    output.finish(**{name: total[name] for name in ("queries", "candidates", "removed", "kept", "unjudged")},
+    kinds = ("queries", "candidates", "removed", "relabelled", "kept", "unjudged")
+    output.finish(**{kind: total[kind] for kind in kinds},
                   calls={llm.model: {kind: n for kind, n in llm.stats.items() if n} for llm in llms},
                   reasons=dict(reasons), by_lang={lang: dict(n) for lang, n in sorted(table.items())})
 

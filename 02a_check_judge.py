@@ -1,8 +1,9 @@
 """How good is the judge of stage 02, language by language? Against labels that exist, and against annotators.
 
 Source  Sec. 3.3; App. C: three annotators check 100 eliminated passages a language (Fleiss' kappa 82.5%)
-calibrate  judges a query's further positives and `human` negatives, one call each; by language, with Wilson's
-           95% intervals: accuracy, negatives thrown away (at --drop-at), false negatives let pass
+calibrate  judges a query's further positives and `human` negatives, one call each; by language, at --drop-at:
+           the share that people call relevant, balanced accuracy (50: it does not judge), and with Wilson's
+           95% intervals accuracy, negatives thrown away, false negatives let pass
 sample     writes a shuffled, blind sheet (CSV) of removed and kept passages; annotators fill `relevant` with
            1 (it answers the question) or 0. OUT.key.csv holds the judge's answers and is not for them
 score      reads the filled sheets: how far most annotators (no ties) agree with the judge, Fleiss' kappa
@@ -17,7 +18,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from common import DataError, Parser, atomic, dump, open_text, positive_int, progress, read_queries, run, say
-from llm import LLM, in_order, judge_candidates, judge_flags
+from llm import from_flags, in_order, judge_candidates, judge_flags
 
 
 def build_parser():
@@ -64,7 +65,7 @@ def labelled_pairs(args):
     """[(number of the record, record, passage, whether it is relevant)], at most --pairs of a kind."""
     found = defaultdict(list)  # (lang, relevant) -> pairs
     for number, record in enumerate(read_queries(args.input, args.lang, args.limit)):
-        positives = record["positive_passages"]
+        positives = [p for p in record["positive_passages"] if p.get("source") != "relabelled"]
         known = {p["docid"] for p in positives}
         further = positives if args.no_reference else positives[1:]  # no passage is its own reference
         human = [p for p in record.get("negative_passages", []) if p.get("source") == "human"]
@@ -78,21 +79,34 @@ def labelled_pairs(args):
 
 
 async def judge_pairs(args, pairs):
-    """[(record, passage, relevant, verdict, reason)], and the client's statistics."""
+    """[(record, passage, relevant, verdict, reason)], and the client."""
     async def judge_pair(pair):
         _, record, passage, relevant = pair
         answers = await judge_candidates(llm, record, [passage], args)
         return record, passage, relevant, *answers[0]
-    async with LLM(args.llm, args.cache, args.base_url, args.concurrency, args.timeout) as llm:
+    async with from_flags(args) as llm:
         results = in_order(progress(pairs, desc="calibrate", unit=" pairs"), judge_pair, 4 * args.concurrency)
-        return [result async for result in results], llm.stats
+        return [result async for result in results], llm
+
+
+def rates(n):
+    """A row of the table, from the counts of (outcome, whether people call it relevant)."""
+    relevant = n["removed", True] + n["kept", True]
+    irrelevant = n["removed", False] + n["kept", False]
+    right = n["removed", True] + n["kept", False]
+    balanced = "-"
+    if relevant and irrelevant:
+        balanced = f"{50 * n['removed', True] / relevant + 50 * n['kept', False] / irrelevant:.1f}"
+    base = f"{100 * relevant / (relevant + irrelevant):.1f}" if relevant + irrelevant else "-"
+    return [base, balanced, share(right, relevant + irrelevant), share(n["removed", False], irrelevant),
+            share(n["kept", True], relevant), n["unjudged", True] + n["unjudged", False]]
 
 
 def calibrate(args):
     pairs = labelled_pairs(args)
     if not pairs:
         raise DataError(f"{args.input}: no second positive, no `human` negative; take a file with judgments")
-    results, stats = asyncio.run(judge_pairs(args, pairs))
+    results, llm = asyncio.run(judge_pairs(args, pairs))
     table = defaultdict(Counter)
     lines = []
     for record, passage, relevant, verdict, reason in results:
@@ -103,18 +117,17 @@ def calibrate(args):
         table["all"][outcome, relevant] += 1
         lines.append({"lang": record["lang"], "query_id": record["query_id"], "docid": passage["docid"],
                       "relevant": relevant} | (verdict or {"unjudged": reason}))
-    rows = [["lang", "accuracy %", "negatives thrown away %", "false negatives let pass %", "unjudged"]]
+    rows = [["lang", "relevant %", "balanced accuracy %", "accuracy %", "negatives thrown away %",
+             "false negatives let pass %", "unjudged"]]
     for lang in sorted(table, key=lambda name: (name == "all", name)):
-        n = table[lang]
-        n_relevant = n["removed", True] + n["kept", True]
-        n_irrelevant = n["removed", False] + n["kept", False]
-        rows.append([lang, share(n["removed", True] + n["kept", False], n_relevant + n_irrelevant),
-                     share(n["removed", False], n_irrelevant), share(n["kept", True], n_relevant),
-                     n["unjudged", True] + n["unjudged", False]])
+        rows.append([lang, *rates(table[lang])])
     show(*rows)
     if args.out:
         write_new(args, args.out, lambda file: file.writelines(map(dump, lines)))
-    say(f"calibrate: {len(results)} pairs, {args.llm} at --drop-at {args.drop_at}, {dict(stats)}")
+    grades = Counter(verdict["grade"] for *_, verdict, _ in results if verdict)
+    if len(grades) == 1 and grades.total() > 1:
+        say(f"{args.llm}: all {grades.total()} verdicts are alike (grade {max(grades)}): it does not judge")
+    say(f"{llm.summary()}\ncalibrate: {len(results)} pairs at --drop-at {args.drop_at}, {dict(llm.stats)}")
 
 
 def write_new(args, path, write):

@@ -2,8 +2,11 @@
 import asyncio
 import contextlib
 import hashlib
+import itertools
 import json
+import math
 import os
+import random
 import re
 import sqlite3
 import time
@@ -18,7 +21,7 @@ class Answers:
     """The answers of one model, in a SQLite file that several processes may use at once.
 
     WAL with synchronous=NORMAL: an answer outlives the process once `store` returns. Nothing is held in
-    memory. `sqlite3 FILE "select * from answers"` shows them.
+    memory. `sqlite3 FILE "select * from answers"` shows them; `model` is what the server called itself.
     """
 
     def __init__(self, path):
@@ -28,9 +31,15 @@ class Answers:
         self.db = sqlite3.connect(path, timeout=60, isolation_level=None)  # waits 60 s for others
         self._run("PRAGMA journal_mode = WAL")
         self._run("PRAGMA synchronous = NORMAL")
-        self._run("CREATE TABLE IF NOT EXISTS answers "
-                  "(key TEXT PRIMARY KEY, text TEXT NOT NULL, time INTEGER NOT NULL) WITHOUT ROWID")
-        self._take_over(path.with_suffix(".jsonl"))
+        self._run("BEGIN IMMEDIATE")  # one process makes the table, or brings an earlier one up to date
+        self._run("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT NOT NULL, "
+                  "time INTEGER NOT NULL, model TEXT) WITHOUT ROWID")
+        if len(self._run("PRAGMA table_info(answers)").fetchall()) == 3:
+            self._run("ALTER TABLE answers ADD COLUMN model TEXT")
+        imported = self._take_over(path.with_suffix(".jsonl"))
+        self._run("COMMIT")
+        if imported:
+            imported.rename(f"{imported}.imported")
 
     def _run(self, sql, *values):
         try:
@@ -40,28 +49,25 @@ class Answers:
                             "(its answers are then asked again)") from None
 
     def get(self, key):
-        """The text of an answer, or None."""
-        row = self._run("SELECT text FROM answers WHERE key = ?", key).fetchone()
-        return row[0] if row else None
+        """(text, time, model) of an answer, or None."""
+        return self._run("SELECT text, time, model FROM answers WHERE key = ?", key).fetchone()
 
-    def store(self, key, text):
-        self._run("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", key, text, int(time.time()))
+    def store(self, key, text, model=None):
+        self._run("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", key, text, int(time.time()), model)
 
     def close(self):
         self.db.close()
 
     def _take_over(self, earlier):
-        """Move in what earlier versions kept as JSON lines; of a line that a kill cut off nothing is used."""
-        with contextlib.suppress(FileNotFoundError):  # there is none, or another process is faster
-            with open(earlier, "rb") as lines:
-                self._run("BEGIN IMMEDIATE")
-                for line in lines:
-                    with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
-                        record = json.loads(line)
-                        self.store(str(record["key"]), storable(record["text"]))
-                self._run("COMMIT")
-            earlier.rename(f"{earlier}.imported")
-            say(f"{self.path}: took over the answers of {earlier}, now {earlier.name}.imported")
+        """Read what earlier versions kept as JSON lines; of a line that a kill cut off nothing is used."""
+        if not earlier.exists():
+            return None
+        for line in earlier.read_bytes().splitlines():
+            with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
+                record = json.loads(line)
+                self.store(str(record["key"]), storable(record["text"]))
+        say(f"{self.path}: took over the answers of {earlier}, now {earlier.name}.imported")
+        return earlier
 
 
 def storable(text):
@@ -69,40 +75,121 @@ def storable(text):
     return text.encode("utf-8", "replace").decode()
 
 
+# --------------------------------------------------------------------------- how many calls at once
+
+class Pace:
+    """Slots for calls: few at first, one more with each answer that comes soon, half once calls time out.
+
+    Of 64 calls at once to a server that answers one in two seconds, the last would time out here and still
+    be answered there, for nobody.
+    """
+
+    AT_FIRST = 16
+
+    def __init__(self, most, timeout):
+        self.most = most
+        self.timeout = timeout
+        self.limit = min(self.AT_FIRST, most)
+        self.slots = asyncio.Semaphore(self.limit)
+        self.surplus = 0  # slots that vanish as soon as their calls end
+        self.fastest = math.inf
+        self.grows = True
+        self.ended = Counter()  # since the limit was halved: whether calls were late
+        self.counts_from = -math.inf  # calls made before this still waited behind those that were given up
+
+    async def __aenter__(self):
+        await self.slots.acquire()
+
+    async def __aexit__(self, *_):
+        if self.surplus:
+            self.surplus -= 1
+        else:
+            self.slots.release()
+
+    def answered(self, started):
+        seconds = time.monotonic() - started
+        self.fastest = min(self.fastest, seconds)
+        self.ended[False] += 1
+        soon = seconds < max(self.timeout / 4, 2 * self.fastest)
+        if soon and self.grows and self.limit < self.most:
+            self.limit += 1
+            self.slots.release()
+
+    def late(self, started):
+        """Whether this time-out halves the limit: one in ten calls is late, which is more than chance."""
+        self.ended[True] += 1
+        chance = 10 * self.ended[True] < self.ended.total()
+        if chance or self.limit == 1 or started < self.counts_from:
+            return False
+        self.surplus += self.limit - self.limit // 2
+        self.limit //= 2
+        self.grows = False
+        self.counts_from = time.monotonic() + self.timeout
+        self.ended.clear()
+        return True
+
+
 # --------------------------------------------------------------------------- LLM client
+
+class Unusable(Exception):
+    """Why a call gave no text; another prompt, or another time, may do."""
+
 
 class LLM:
     """An OpenAI-compatible server, asked asynchronously, and what it answered before.
 
     OPENAI_BASE_URL and OPENAI_API_KEY are read as every OpenAI client reads them. An answer is stored the
-    moment it arrives, under a digest of model, settings and messages, and never asked for again. With
+    moment it arrives, under a digest of model, settings and messages, and never asked for again. `settings`
+    are added to every request (None leaves a parameter out), `version` says which model answers. With
     `instead`, requests go to instead(llm, key, body) and to no server: to count, export or skip them.
     """
 
-    ATTEMPTS = 8  # times that one request is asked whose answers are unusable (empty, cut off, unparsable)
-    RETRIES_AT_FIRST = 6  # the client's own, after 429, 5xx, time-outs, lost connections: 20 s
+    ATTEMPTS = 8  # times that a prompt is asked whose answers are of no use, unless they are always the same
+    RETRIES_AT_FIRST = 6  # after 429, 5xx, lost connections: 20 s
     RETRIES = 30  # the same, once the server has answered: 4 minutes
-    TOO_MUCH = re.compile(r"context.?length|maximum.?context|too.?(long|large)|"
-                          r"content.?(filter|management|policy)|safety", re.I)
+    TRIAL = 200  # answers after which half of all must be of use
+    MORE_TOKENS = 4096  # for a model that thinks before it answers
+    INSTEAD = {"max_tokens": "max_completion_tokens", "max_completion_tokens": None, "temperature": None,
+               "seed": None, "top_p": None, "response_format": None}  # of a parameter that a server refuses
+    ABOUT_PROMPT = re.compile(r"context.?(length|size|window)|too.?(long|large|many)|exceed|`inputs`|"
+                              r"token.?(count|limit)|content.?(filter|management|policy)|safety", re.I)
+    TO_TRY = {"cut off": """--llm-settings '{"max_tokens": 16000}' or '{"reasoning_effort": "low"}'""",
+              "unparsable": "a model that follows instructions, or --llm-settings "
+                            """'{"chat_template_kwargs": {"enable_thinking": false}}' for one that thinks""",
+              "empty": "the server's chat template and reasoning parser", "refused": "another model"}
 
-    def __init__(self, model, cache, base_url=None, concurrency=64, timeout=120, instead=None):
+    def __init__(self, model, cache, base_url=None, concurrency=64, timeout=120, instead=None, settings=None,
+                 version=None):
         self.model = model
         self.path = Path(cache) / "llm" / (re.sub(r"[^\w.-]+", "_", model) + ".sqlite")
         self.base_url = base_url
         self.concurrency = concurrency
         self.timeout = timeout
         self.instead = instead
+        self.settings = settings or {}
+        self.version = version
+        self.served = version  # what the server calls its model
+        self.names = {}  # of the models whose answers are used, for one that is not named None
+        self.times = (math.inf, 0)  # of the oldest and newest answer from the cache
         self.stats = Counter()
+        self.n_usable = 0
+        self.useless = Counter()  # answers, by reason
+        self.n_done = 0  # prompts that have their answer, or never will
         self.client = None
-        self.reached = set()  # the kinds of request that were answered: "format", "plain"
-        self.takes_format = True
+        self.reached = set()  # the kinds of request that were answered
+        self.refused = {}  # parameters, in order
+        self.more_tokens = None  # beyond those asked for: not known yet
+        if {"max_tokens", "max_completion_tokens"} & set(self.settings):
+            self.more_tokens = 0
+        self.repeats = None  # whether the server gives the same useless answer each time, once known
         self.stopped = None  # the error that ends the run
 
     async def __aenter__(self):
         if not self.instead:
             self._connect()
+            self.served = self.version or await self._named_by_server()
         self.answers = Answers(self.path)
-        self.slots = asyncio.Semaphore(self.concurrency)
+        self.pace = Pace(self.concurrency, self.timeout)
         self.first = asyncio.Lock()
         return self
 
@@ -125,116 +212,272 @@ class LLM:
             raise DataError(f"--base-url or OPENAI_BASE_URL is {url!r}; want http://HOST:PORT/v1")
         # aiohttp as the transport: twice the calls/s of the default one (bench/judge_throughput.py)
         http = openai.DefaultAioHttpClient(limits=httpx2.Limits(max_connections=self.concurrency))
-        self.client = openai.AsyncOpenAI(base_url=url, api_key=self.secret, http_client=http,
+        self.client = openai.AsyncOpenAI(base_url=url, api_key=self.secret, http_client=http, max_retries=0,
                                          timeout=httpx2.Timeout(self.timeout, connect=min(20, self.timeout)))
 
-    def cached(self, key):
-        """The text of a stored answer, or None."""
-        return self.answers.get(key)
+    async def _named_by_server(self):
+        """What /v1/models tells of the model beside the name asked for (vLLM: its folder), or None."""
+        try:
+            listed = (await self.client.get("/models", cast_to=object, options={"timeout": 5}))["data"]
+            (model,) = [model for model in listed if model["id"] == self.model] or listed
+            size = (model.get("meta") or {}).get("size")  # llama.cpp's
+            told = [model["id"], model.get("root"), model.get("parent"), size]
+        except Exception:  # not every server has the list; what is wrong with others the first call tells
+            return None
+        return " ".join(str(part) for part in told if part not in (None, self.model)) or None
 
-    def store(self, key, text):
-        self.answers.store(key, text)
-
-    async def ask(self, messages, parse=lambda text: text.strip() or None, why=None, **settings):
+    async def ask(self, messages, parse=lambda text: text.strip() or None, why=None, wanted="", **settings):
         """parse(answer), or None where no answer was usable (parse gave None): those are not stored.
 
-        why is a list that then gets the reason. DataError where asking on is of no use.
+        why is a list that then gets the reason; wanted is what a model hears whose answer was of no use.
+        DataError where asking on is of no use.
         """
         why = [] if why is None else why
-        key = digest([self.model, settings, messages])
-        text = self.cached(key)
+        settings |= self.settings
+        if "max_completion_tokens" in self.settings:
+            settings.pop("max_tokens", None)
+        key, text = self._stored([self.model, settings, messages])
         value = None if text is None else parse(text)
         if value is not None:
             self.stats["cached"] += 1
+            self.n_done += 1
             return value
-        body = {"model": self.model, "messages": messages, **settings}
+        body = {"model": self.model, "messages": messages} | settings
+        body = {name: setting for name, setting in body.items() if setting is not None}
         if self.instead:
             why.append(self.instead(self, key, body))
             return None
-        for _ in range(self.ATTEMPTS):
-            text, reason = await self._attempt(body)
+        value, text = await self._until_usable(body, parse, wanted, why)
+        self.n_done += 1
+        if value is not None:
+            self.store(key, text, self.answered_by)
+        return value
+
+    def store(self, key, text, model=None):
+        self.answers.store(key, text, model)
+
+    def _stored(self, request):
+        """(key, text) of an answer that the model which answers now gave earlier, or (key, None)."""
+        key = digest(request)
+        row = self.answers.get(key)
+        if row and self.served and row[2] != self.served and (row[2] or self.version):
+            if not self.stats["of another model"]:
+                say(f"{self.model}: answers of {row[2] or 'an earlier model'} in {self.path} are not used, "
+                    f"for {self.served} answers now")
+            self.stats["of another model"] += 1
+            key = digest([key, self.served])
+            row = self.answers.get(key)
+        if row is None:
+            return key, None
+        text, seconds, name = row
+        self._use(name)
+        self.times = min(self.times[0], seconds), max(self.times[1], seconds)
+        return key, without_thoughts(text)
+
+    def _use(self, name):
+        """Two models behind one name are told."""
+        if name not in self.names:
+            self.names[name] = name or "a model that is not named"
+            if len(self.names) > 1:
+                say(f"{self.model}: answers of {' and '.join(self.names.values())} are used together; "
+                    "--llm-version TEXT keeps them apart")
+
+    def summary(self):
+        """What was asked and what came from the cache, in one line."""
+        oldest, newest = (time.strftime("%Y-%m-%d %H:%M", time.localtime(min(at, 1e10))) for at in self.times)
+        cached = f", from {oldest} to {newest}" if self.stats["cached"] else ""
+        late = f"; {self.stats['late']} times no answer in {self.timeout:g} s" if self.stats["late"] else ""
+        names = " and ".join(name for name in self.names if name)
+        return (f"{self.model}: {self.stats['asked']} calls, {self.stats['cached']} answers from the cache "
+                f"{self.path}{cached}{names and f'; answered by {names}'}{late}")
+
+    async def _until_usable(self, body, parse, wanted, why):
+        """(value, text) of the first usable answer, or (None, None) and the reason in why.
+
+        A model is told what was wrong. Then the same request shows whether the server's answers vary: if
+        not, no prompt is asked a third time from then on.
+        """
+        first = None
+        request = body
+        for attempt in range(self.ATTEMPTS):
+            text, reason = await self._attempt(request)
             if reason is None:
                 value = parse(text)
                 if value is not None:
-                    self.store(key, text)
-                    return value
+                    self.n_usable += 1
+                    return value, text
                 reason = "unparsable" if text.strip() else "empty"
-            self.stats[reason.split(":")[0] + " answers"] += 1
+            self._count_useless(reason, text)
             if reason.startswith("refused by the server"):
                 break
-            if reason == "cut off" and "max_tokens" in body:
-                body["max_tokens"] *= 2
+            if reason not in self.TO_TRY:  # no fault of the model
+                continue
+            if attempt == (2 if wanted else 1) and self.repeats is not False:
+                self.repeats = text == first
+            if attempt > 0 and self.repeats:
+                break
+            request = body
+            if attempt == 0:
+                first = text
+                if wanted:
+                    request = with_complaint(body, f"Your last answer was {reason}. {wanted}")
         why.append(reason)
-        return None
+        return None, None
+
+    def _count_useless(self, reason, text):
+        """DataError where over half of the answers are of no use: the next ones would be, too."""
+        kind = reason.split(":")[0]
+        self.stats[f"{kind} answers"] += 1
+        self.useless[kind] += 1
+        n_useless = self.useless.total()
+        n = n_useless + self.n_usable
+        most, n_most = self.useless.most_common(1)[0]
+        if n >= self.TRIAL and 2 * n_useless > n and kind == most:
+            raise self._stop(f"{n_useless / n:.0%} of {n} answers are of no use; {n_most} are {most}, "
+                             f"such as {(text or reason)[:200]!r}; "
+                             f"try {self.TO_TRY.get(most, 'other settings')}")
+
+    def _stop(self, trouble):
+        error = DataError(f"{self.model}: {trouble}; what was answered is in {self.path}")
+        self.stopped = self.stopped or error  # the first tells most
+        return self.stopped
 
     async def _attempt(self, body):
-        """One call: (text, None), or (None, why it gave no text); DataError where the run must end."""
+        """(the text of one answer, None), or (what there is of it, why it is of no use)."""
+        try:
+            answer, sent = await self._post(body)
+        except Unusable as trouble:
+            return "", str(trouble)
+        text, reason = read_answer(answer)
+        if reason == "cut off" and "max_tokens" in body and self.more_tokens is None:
+            self.more_tokens = self.MORE_TOKENS
+            say(f"{self.model}: {body['max_tokens']} tokens are too few for an answer; "
+                f"{self.MORE_TOKENS} more are allowed from now on")
+        if reason == "cut off" and sent != self._adapted(body):
+            return await self._attempt(body)
+        return text, reason
+
+    async def _post(self, body):
+        """(the server's answer, the request as it was sent).
+
+        The first call of a kind goes alone: what it teaches is learned once.
+        """
+        kind = frozenset(body)
+        async with self.pace:
+            if kind not in self.reached:
+                async with self.first:
+                    if kind not in self.reached:
+                        answer, sent = await self._send(body)
+                        if self.more_tokens is not None or read_answer(answer)[1] != "cut off":
+                            self.reached.add(kind)
+                        return answer, sent
+            return await self._send(body)
+
+    async def _send(self, body):
+        """The same for one request, sent again after a while where the server has trouble."""
+        for tries in itertools.count():
+            if self.stopped:  # what waited for its turn ends with the run
+                raise self.stopped
+            sent = self._adapted(body)
+            started = time.monotonic()
+            answer, status, told, seconds = await self._call(sent)
+            if status == 200:
+                self.pace.answered(started)
+                self._note(answer)
+                return answer, sent
+            if status == 408:
+                self._note_late(started)
+                if self.reached:
+                    raise Unusable(told)  # it gives its slot back, and is asked again later
+            if status in (400, 413, 422):
+                about_prompt = self.ABOUT_PROMPT.search(told)
+                if not about_prompt and self._adapt(body, sent, told):
+                    continue
+                if about_prompt or self.reached:
+                    raise Unusable(f"refused by the server: {told}")
+            if status < 500 and status not in (408, 409, 429):
+                raise self._stop(f"the server refuses ({told}); check --llm, --base-url and OPENAI_API_KEY")
+            seconds = seconds or min(8, 0.5 * 2 ** tries) * random.uniform(0.75, 1)
+            if seconds > 120 or tries == (self.RETRIES if self.reached else self.RETRIES_AT_FIRST):
+                raise self._stop(f"the server keeps failing ({told}); start again to go on")
+            await asyncio.sleep(seconds)
+
+    async def _call(self, body):
+        """(answer, HTTP status, the server's words, seconds that it asks to wait) of one call."""
         import aiohttp
         import httpx2
         import openai
         try:
-            answer = await self._post(body)
-        except (openai.APIStatusError, openai.APIConnectionError) as error:  # after the client's own retries
-            return None, self._refusal(body, error)
-        except (ValueError, openai.OpenAIError, httpx2.HTTPError, aiohttp.ClientError):
-            return None, "broken"  # hardly HTTP, or no JSON
-        text, reason = read_answer(answer, whole="response_format" in body)
-        if reason != "broken":
-            self.stats["asked"] += 1
-            usage = answer.get("usage") or {}
-            for kind in ("prompt_tokens", "completion_tokens"):
-                self.stats[kind] += usage.get(kind) or 0
-        return text, reason
-
-    def _refusal(self, body, error):
-        """Why this call gave no text; DataError where asking again, or another prompt, would be of no use."""
-        told = self._told(error)
-        status = getattr(error, "status_code", 500)  # a lost connection has none
-        if status in (400, 413, 422) and self.TOO_MUCH.search(f"{error.code} {told}"):
-            return f"refused by the server: {told}"
-        untried = self.takes_format and "format" not in self.reached
-        if status in (400, 422) and "response_format" in body and untried:
-            say(f"{self.model}: perhaps the server takes no response_format ({told}); asking without it")
-            self.takes_format = False
-            return "response_format refused"
-        if status in (409, 429) or status >= 500:
-            trouble = f"keeps failing ({told}); what was answered is in {self.path}: start again to go on"
-        else:
-            trouble = f"refuses ({told}); check --llm, --base-url and OPENAI_API_KEY"
-        self.stopped = DataError(f"{self.model}: the server {trouble}")
-        raise self.stopped from None
-
-    async def _post(self, body):
-        """The server's answer. The first call of a kind goes alone: a wrong key is asked once, not by all."""
-        kind = "format" if "response_format" in body else "plain"
-        async with self.slots:
-            if kind not in self.reached:
-                async with self.first:
-                    if kind not in self.reached:
-                        answer = await self._send(body)
-                        self.reached.add(kind)
-                        return answer
-            return await self._send(body)
-
-    async def _send(self, body):
-        if self.stopped:  # what waited for its turn ends with the run
-            raise self.stopped
-        if not self.takes_format:
-            body = {name: value for name, value in body.items() if name != "response_format"}
-        options = {"max_retries": self.RETRIES if self.reached else self.RETRIES_AT_FIRST}
-        # not create(): it checks types that we know, at 1.7 times the CPU time a call
-        return await self.client.post("/chat/completions", cast_to=object, body=body, options=options)
-
-    def _told(self, error):
-        """What an API error says, in one line, without the key."""
-        message = getattr(error, "body", None)
-        if isinstance(message, dict):
-            message = message.get("message") or message.get("detail")
-        if not message:  # a lost connection: its first cause knows most
-            while error.__cause__:
+            # not create(): it checks types that we know, at 1.7 times the CPU time a call
+            answer = await self.client.post("/chat/completions", cast_to=object, body=body)
+        except openai.APIStatusError as error:
+            wait = error.response.headers.get("retry-after", "")
+            told = self._told(error.status_code, error.body or error)
+            return None, error.status_code, told, int(wait) if wait.isdecimal() else 0
+        except openai.APIConnectionError as error:
+            if isinstance(error.__cause__, httpx2.ReadTimeout):  # of lost connections ConnectTimeout comes
+                return None, 408, f"no answer in {self.timeout:g} s", 0
+            while error.__cause__:  # the first cause knows most
                 error = error.__cause__
-            message = error
-        told = f"{getattr(error, 'status_code', type(error).__name__)}: {' '.join(str(message).split())}"
+            return None, 503, self._told(type(error).__name__, error), 0
+        except (ValueError, openai.OpenAIError, httpx2.HTTPError, aiohttp.ClientError):
+            return None, 200, "", 0  # hardly HTTP, or no JSON: broken
+        if isinstance(answer, dict) and answer.get("error") and not answer.get("choices"):
+            told = self._told(200, answer["error"])
+            return None, 400 if self.ABOUT_PROMPT.search(told) else 500, told, 0
+        return answer, 200, "", 0
+
+    def _note(self, answer):
+        """Count an answer and its tokens; who gave it."""
+        if not isinstance(answer, dict):
+            return
+        self.stats["asked"] += 1
+        for kind in ("prompt_tokens", "completion_tokens"):
+            self.stats[kind] += (answer.get("usage") or {}).get(kind) or 0
+        name = answer.get("model")
+        self.answered_by = self.served or (name if isinstance(name, str) and name != self.model else None)
+        self._use(self.answered_by)
+
+    def _note_late(self, started):
+        halved = self.pace.late(started)
+        if halved or not self.stats["late"]:
+            say(f"{self.model}: no answer in {self.timeout:g} s; such calls are made again"
+                + (f", at most {self.pace.limit} at once" if halved else ""))
+        self.stats["late"] += 1
+
+    def _adapted(self, body):
+        """A request as this server takes it."""
+        if self.more_tokens and "max_tokens" in body:
+            body = body | {"max_tokens": body["max_tokens"] + self.more_tokens}
+        for name in self.refused:
+            body = dict(body)
+            value = body.pop(name, None)
+            if value is not None and self.INSTEAD[name]:
+                body[self.INSTEAD[name]] = value
+        return body
+
+    def _adapt(self, body, sent, told):
+        """Whether the server refuses a parameter. What it has taken before is not what it refuses."""
+        if frozenset(body) in self.reached:
+            return False
+        named = [name for name in self.INSTEAD if name in sent and re.search(rf"\b{name}\b", told)]
+        if not named and not self.reached and "response_format" in sent:
+            named = ["response_format"]  # the likeliest
+        for name in named:
+            self.refused[name] = True
+            instead = f"with {self.INSTEAD[name]}" if self.INSTEAD[name] else "without it"
+            say(f"{self.model}: the server takes no {name} ({told}); asking {instead} from now on")
+        return bool(named)
+
+    def _told(self, status, message):
+        """What the server said, in one line, without the key."""
+        if isinstance(message, dict):
+            detail = message.get("detail")
+            if isinstance(detail, list):  # FastAPI's: without the request, which it repeats
+                detail = "; ".join(f"{found.get('loc')} {found.get('msg')}" for found in detail)
+            parts = [message.get("message") or detail or message, message.get("param")]
+            message = " ".join(str(part) for part in parts if part)
+        told = f"{status}: {' '.join(str(message).split())}"
         if len(self.secret) > 5:  # a real key, not the word `local`
             told = told.replace(self.secret, "***")
         return told[:300]
@@ -246,22 +489,34 @@ def digest(request):
     return hashlib.blake2b(text.encode("utf-8", "backslashreplace"), digest_size=16).hexdigest()
 
 
-def read_answer(answer, whole=True):
-    """(text, None) of a chat completion, or (None, why it has none); with whole, a cut-off text is none."""
+def with_complaint(body, complaint):
+    """The same request, its last message saying what was wrong with the answer."""
+    *before, last = body["messages"]
+    return body | {"messages": [*before, last | {"content": f"{last['content']}\n\n{complaint}"}]}
+
+
+def without_thoughts(text):
+    """What follows the last </think>, opened or not; of thinking that never ended, nothing."""
+    return text.rpartition("</think>")[2].partition("<think>")[0]
+
+
+def read_answer(answer):
+    """(text, None) of a chat completion, or (what there is of it, why it is of no use)."""
     try:
         choice = answer["choices"][0]
         message = choice["message"]
         text = message.get("content") or ""
+        if isinstance(text, list):  # parts: thinking, text
+            text = "".join(part["text"] for part in text if part.get("type", "text") == "text")
+        text = storable(text)
         finish = choice.get("finish_reason")
     except (TypeError, LookupError, AttributeError):
-        return None, "broken"
-    if not isinstance(text, str):
-        return None, "broken"
+        return "", "broken"
     if message.get("refusal") or finish == "content_filter":
-        return None, "refused"
-    if finish == "length" and whole:
-        return None, "cut off"
-    return storable(text), None
+        return storable(str(message.get("refusal") or text)), "refused"
+    if finish == "length":
+        return text, "cut off"
+    return without_thoughts(text), None
 
 
 async def in_order(items, work, window):
@@ -310,6 +565,16 @@ A passage about the same subject that does not answer the question gets 0 and 0.
 
 Answer with this JSON object and nothing else: {"accuracy": 0, 1 or 2, "completeness": 0, 1 or 2}"""
 
+JUDGE_ALONE = JUDGE  # without a reference
+for with_it, without in ((", a reference passage that is known to answer it (not always),", ""),
+                         (", measured against the reference if there is one", ""),
+                         (" or contradicts the reference", ""),
+                         ("it agrees with the reference on the answer", "entirely")):
+    JUDGE_ALONE = JUDGE_ALONE.replace(with_it, without)
+
+WANTED = ("It must be one JSON object with accuracy and completeness, each 0, 1 or 2, and nothing else: "
+          "no second object, no reasoning.")  # what a judge hears whose answer was of no use
+
 SCORE = {"type": "integer", "enum": [0, 1, 2]}
 JUDGMENT = {"type": "json_schema", "json_schema": {"name": "judgment", "strict": True, "schema": {
     "type": "object", "additionalProperties": False, "required": ["accuracy", "completeness"],
@@ -321,27 +586,17 @@ def judge_messages(query, lang, candidate, reference=None):
     data = labelled(Question=query, **{
         "Reference passage (known to answer the question)": reference and passage_text(reference),
         "Candidate passage": passage_text(candidate)})
-    return [{"role": "system", "content": JUDGE},
+    return [{"role": "system", "content": JUDGE if reference else JUDGE_ALONE},
             {"role": "user", "content": f"Language: {LANGUAGES.get(lang, lang)}\n{data}"}]
 
 
-def unique_keys(pairs):
+def read_object(pairs):
     """For json: an object that gives a key twice says nothing sure."""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key is there twice")
-    return dict(pairs)
+    known = dict(pairs)
+    return known if len(known) == len(pairs) else dict.fromkeys(known)
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
-
-
-def read_scores(answer):
-    """The judgment, if this is exactly what was asked for, else None."""
-    if not isinstance(answer, dict) or set(answer) != {"accuracy", "completeness"}:
-        return None
-    if not all(type(score) is int and 0 <= score <= 2 for score in answer.values()):
-        return None
-    return {"accuracy": answer["accuracy"], "completeness": answer["completeness"]}
+DECODER = json.JSONDecoder(object_pairs_hook=read_object)
 
 
 def json_objects(text):
@@ -356,23 +611,33 @@ def json_objects(text):
         at = text.find("{", end)
 
 
-def parse_judgment(text, shown=()):
-    """{accuracy, completeness} of an answer that is this JSON object, fenced or not, or None.
+def read_score(value):
+    """0, 1 or 2, also given as 2.0 or "2"; None for anything else."""
+    found = re.fullmatch(r"([012])(\.0+)?", str(value).strip())
+    return int(found[1]) if found else None
 
-    With prose around it the object counts only if it is the single one there and is not copied from the
-    passages that the model was shown: they may hold a judgment of their own.
+
+def parse_judgment(text, shown=()):
+    """{accuracy, completeness} of an answer that holds this JSON object, or None.
+
+    It may be fenced, in prose, have further keys. Two different judgments say nothing, nor does one that
+    stands in prose and in a passage that the model was shown: it may be copied.
     """
     text = re.sub(r"^```(?:json)?\s*|\s*```$", "", text.strip())
-    with contextlib.suppress(ValueError, RecursionError):
-        return read_scores(DECODER.decode(text))
-    found = list(json_objects(text))
-    if len(found) != 1:
+    found = [(answer, source) for answer, source in json_objects(text)
+             if {"accuracy", "completeness"} & set(answer)]
+    judgments = {tuple(read_score(answer.get(name)) for name in ("accuracy", "completeness"))
+                 for answer, _ in found}
+    if len(judgments) != 1:
         return None
-    answer, source = found[0]
-    source = "".join(source.split())
-    if any(source in "".join(passage_text(passage).split()) for passage in shown):
+    if text.strip("[] \n") != found[0][1]:
+        passages = ["".join(passage_text(passage).split()) for passage in shown]
+        if any("".join(source.split()) in passage for _, source in found for passage in passages):
+            return None
+    accuracy, completeness = judgments.pop()
+    if accuracy is None or completeness is None:
         return None
-    return read_scores(answer)
+    return {"accuracy": accuracy, "completeness": completeness}
 
 
 async def judge(llm, query, lang, candidate, reference=None, votes=1):
@@ -387,7 +652,7 @@ async def judge(llm, query, lang, candidate, reference=None, votes=1):
     if votes > 1:
         draws = [{"temperature": 0.7, "seed": seed} for seed in range(votes)]
     why = []
-    answers = [await llm.ask(messages, lambda text: parse_judgment(text, shown), why,
+    answers = [await llm.ask(messages, lambda text: parse_judgment(text, shown), why, WANTED,
                              response_format=JUDGMENT, max_tokens=64, **draw) for draw in draws]
     ballots = [answer | {"grade": min(answer.values())} for answer in answers if answer]
     if not ballots:
@@ -420,16 +685,33 @@ def choose_reference(record, candidate, which="first"):
     return max(positives, key=likeness)  # the first of equals
 
 
+def json_object(text):
+    """For argparse."""
+    return dict(json.loads(text))
+
+
+def server_flags(parser):
+    """The flags of every stage that asks a server."""
+    def flag(name, **settings):
+        parser.add_argument(name, **settings)
+    flag("--base-url", metavar="URL", help="the server; default: OPENAI_BASE_URL")
+    flag("--llm-settings", type=json_object, metavar="JSON",
+         help="""added to each request, such as {"reasoning_effort": "low"}; null leaves a parameter out""")
+    flag("--llm-version", metavar="TEXT", help="tells models of one name apart, where the server does not")
+    flag("--concurrency", type=positive_int, default=64,
+         help="most calls under way; fewer while answers are slow, half as many once calls time out")
+    flag("--timeout", type=positive_float, default=120, metavar="S",
+         help="seconds without an answer after which a call is made again")
+    flag("--cache", default="cache", metavar="FOLDER", help="keeps the answers: nothing is paid for twice")
+
+
 def judge_flags(parser):
-    """What 02 and 02a share: the server, the judge, the cache."""
+    """What 02 and 02a share: the judge and its server."""
     def flag(name, **settings):
         parser.add_argument(name, **settings)
     flag("--llm", required=True, metavar="NAME",
          help="model name at the server; the paper: Llama-3.1-70B-Instruct or gpt-4o")
-    flag("--base-url", metavar="URL", help="the server; default: OPENAI_BASE_URL")
-    flag("--concurrency", type=positive_int, default=64, help="calls under way at once")
-    flag("--timeout", type=positive_float, default=120, metavar="S",
-         help="seconds without an answer after which a call is made again")
+    server_flags(parser)
     flag("--votes", type=positive_int, default=1,
          help="judgments per candidate; one at temperature 0, several at 0.7, ties go to the higher grade")
     flag("--drop-at", type=int, choices=[1, 2], default=1,
@@ -437,7 +719,12 @@ def judge_flags(parser):
     flag("--no-reference", action="store_true", help="do not show the judge a positive (ablation of Table 6)")
     flag("--reference", choices=["first", "best"], default="first",
          help="which of several positives is shown: the first, or the closest to the candidate in wording")
-    flag("--cache", default="cache", metavar="FOLDER", help="keeps the answers: nothing is paid for twice")
+
+
+def from_flags(args, instead=None):
+    """The client that server_flags describe."""
+    return LLM(args.llm, args.cache, args.base_url, args.concurrency, args.timeout, instead,
+               args.llm_settings, args.llm_version)
 
 
 async def judge_candidates(llm, record, candidates, args):

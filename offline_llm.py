@@ -4,11 +4,7 @@ It lets the pipeline run end to end on a fresh machine, over a real socket with 
 LANGUAGE MODEL: it compares words and numbers, and picks and cuts sentences (offline_skills.py). Its output
 shows that the plumbing works, not what the method is worth; every answer says so in `system_fingerprint`.
 
-Reads   POST /v1/chat/completions; the last user message has lines `Label: "JSON string"`:
-          Question, [Reference passage (...),] Candidate passage -> accuracy, completeness (judge, Sec. 3.3)
-          Question, Passage -> the sentences that cover the question best (summary, Sec. 3.4)
-          Summary -> its telling words and numbers, in order (query, Sec. 3.4)
-          Question, Passage that answers it -> the sentences that cover the question least
+Reads   POST /v1/chat/completions; the last user message has lines `Label: "JSON string"` (answer_task).
         Other lines are ignored, other tasks refused with 400. Also GET /v1/models and GET /health.
 Usage   python offline_llm.py --port 0            prints its base URL, serves until SIGTERM
         python offline_llm.py --exec make all     serves while the command runs
@@ -47,6 +43,7 @@ class RequestError(Exception):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+REFERENCE = "Reference passage"
 LABEL = re.compile(r"^(Question|Reference passage|Candidate passage|Passage that answers it|Passage|Summary)"
                    r"(?: \([^)\n]*\))?:[ \t]*(.*)$", re.MULTILINE)
 
@@ -69,19 +66,19 @@ def read_labels(message):
 
 def answer_task(message):
     """The answer to a user message: a dict (to be sent as JSON) for the judge's task, else plain text."""
-    given = read_labels(message)
-    question = given.get("Question")
-    if set(given) - {"Reference passage"} == {"Question", "Candidate passage"}:
-        return judge(question, given.get("Reference passage"), given["Candidate passage"])
-    if set(given) == {"Question", "Passage"}:
-        return summarise(question, given["Passage"])
-    if set(given) == {"Question", "Passage that answers it"}:
-        return write_negative(question, given["Passage that answers it"])
-    if set(given) == {"Summary"}:
-        return write_query(given["Summary"])
-    raise RequestError("this stand-in is no language model and does not know this task (labels found: "
-                       f"{', '.join(given) or 'none'}); see offline_llm.py --help, or use a real server",
-                       "messages", code="unknown_task")
+    match read_labels(message):
+        case {"Question": question, "Candidate passage": candidate, **more} if set(more) <= {REFERENCE}:
+            return judge(question, more.get(REFERENCE), candidate)  # Sec. 3.3
+        case {"Question": question, "Passage": passage, **more} if not more:
+            return summarise(question, passage)  # Sec. 3.4: the sentences that cover the question best
+        case {"Summary": summary, **more} if not more:
+            return write_query(summary)  # Sec. 3.4: its telling words and numbers, in order
+        case {"Question": question, "Passage that answers it": passage, **more} if not more:
+            return write_negative(question, passage)  # the sentences that cover the question least
+        case given:
+            raise RequestError("this stand-in is no language model and does not know this task (labels: "
+                               f"{', '.join(given) or 'none'}); see offline_llm.py --help, or use a real "
+                               "server", "messages", code="unknown_task")
 
 
 def whole_number(body, name, default):
@@ -102,17 +99,16 @@ def message_text(message):
 
 def check_format(response_format, answer):
     """Refuses a response_format that the answer would break, rather than answer in another shape."""
-    if response_format in (None, {"type": "text"}):
-        return
-    try:
-        kind = response_format["type"]
-        keys = response_format["json_schema"]["schema"].get("required", []) if kind == "json_schema" else []
-        fits = kind in ("json_schema", "json_object") and set(keys) <= set(answer.keys())
-    except (TypeError, LookupError, AttributeError):
-        fits = False
-    if not fits:
-        shape = f"as JSON with {', '.join(answer)}" if isinstance(answer, dict) else "in plain text"
-        raise RequestError(f"this task is answered {shape}", "response_format")
+    match response_format:
+        case None | {"type": "text"}:
+            return
+        case {"type": "json_object"} if isinstance(answer, dict):
+            return
+        case {"type": "json_schema", "json_schema": {"schema": {**schema}}} if isinstance(answer, dict):
+            if set(schema.get("required", [])) <= set(answer):
+                return
+    shape = f"as JSON with {', '.join(answer)}" if isinstance(answer, dict) else "in plain text"
+    raise RequestError(f"this task is answered {shape}", "response_format")
 
 
 def complete(body):
@@ -159,31 +155,30 @@ def application():
         return complete(body)
 
     async def models(_):
-        model = {"id": "offline-stand-in", "object": "model", "created": 0, "owned_by": FINGERPRINT}
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": [
+            {"id": "offline-stand-in", "object": "model", "created": 0, "owned_by": FINGERPRINT}]}
 
     async def health(_):
         return {"status": "ok", "system_fingerprint": FINGERPRINT}
 
-    @web.middleware
-    async def as_json(request, handler):
-        status = 200
-        headers = {}
-        try:
-            answer = await handler(request)
-        except RequestError as error:
-            answer = error.body
-            status = error.status
-        except web.HTTPException as error:  # no such route or method, a body too large
-            answer = RequestError(f"{request.method} {request.path}: {error.text}").body
-            status = error.status
-            headers = {name: value for name, value in error.headers.items() if name == "Allow"}
-        except Exception:  # a bug of ours: its traceback goes to stderr, and the client is told
-            traceback.print_exc()
-            answer = RequestError("a bug in offline_llm.py; see its stderr", status=500).body
-            status = 500
+    def as_response(answer, status=200, headers=None):
         data = json.dumps(answer).encode()  # ASCII: a lone surrogate in a request does no harm
         return web.Response(body=data, status=status, headers=headers, content_type="application/json")
+
+    @web.middleware
+    async def as_json(request, handler):
+        headers = {}
+        try:
+            return as_response(await handler(request))
+        except RequestError as known:
+            error = known
+        except web.HTTPException as found:  # no such route or method, a body too large
+            error = RequestError(f"{request.method} {request.path}: {found.text}", status=found.status)
+            headers = {name: value for name, value in found.headers.items() if name == "Allow"}
+        except Exception:  # a bug of ours: its traceback goes to stderr, and the client is told
+            traceback.print_exc()
+            error = RequestError("a bug in offline_llm.py; see its stderr", status=500)
+        return as_response(error.body, error.status, headers)
 
     app = web.Application(client_max_size=MAX_BODY, middlewares=[as_json])
     app.router.add_post("/v1/chat/completions", chat)
@@ -194,8 +189,8 @@ def application():
 
 async def run_command(command, url, on_signal):
     """The exit status of a command that finds the server in its environment."""
-    no_proxy = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
-    no_proxy = f"{no_proxy},127.0.0.1" if no_proxy else "127.0.0.1"  # a proxy cannot reach this machine
+    no_proxy = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    no_proxy = f"{no_proxy},127.0.0.1".strip(",")  # a proxy cannot reach this machine
     env = {"OPENAI_API_KEY": "offline", **os.environ, "OPENAI_BASE_URL": url,
            "NO_PROXY": no_proxy, "no_proxy": no_proxy}
     try:

@@ -180,13 +180,11 @@ def measure(question, reference, candidate):
 def judge(question, reference, candidate):
     """Accuracy wants the reference's answer beside the question's terms, completeness the latter."""
     coverage, agreement = measure(question, reference, candidate)
-    evidence = coverage
-    limits = COVERAGE_ONLY_AT
-    if agreement is not None:
-        evidence = 0.45 * coverage + 0.55 * agreement
-        limits = ACCURACY_AT
-    return {"accuracy": sum(evidence >= x for x in limits),
-            "completeness": sum(coverage >= x for x in COMPLETENESS_AT)}
+    completeness = sum(coverage >= x for x in COMPLETENESS_AT)
+    if agreement is None:
+        return {"accuracy": sum(coverage >= x for x in COVERAGE_ONLY_AT), "completeness": completeness}
+    evidence = 0.45 * coverage + 0.55 * agreement
+    return {"accuracy": sum(evidence >= x for x in ACCURACY_AT), "completeness": completeness}
 
 
 def shorten(sentence):
@@ -226,7 +224,7 @@ def write_query(summary):
     words = PHRASE.findall(summary)
     words = [w for w in dict.fromkeys(words) if terms(w)]
     value = {w: sum(map(weight, terms(w))) * (1.5 if w[0].isupper() else 1.0) for w in words}
-    keep = set(sorted(words, key=lambda w: (-value[w], words.index(w)))[:7])
+    keep = sorted(words, key=value.get, reverse=True)[:7]  # of equals the first
     query = " ".join(w for w in words if w in keep) or shorten(summary)
     mark = "?"
     if re.search("[\u0600-\u06ff]", query):

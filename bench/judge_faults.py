@@ -7,10 +7,10 @@ connections, 30-second stalls, truncated JSON, prose, wrong types, out-of-range 
 answers, broken bodies. Prints seconds, what came back, and whether the output is that of a clean server, byte
 for byte. Kills are SIGKILL at random moments.
 
-Measured with --judgments 800 --kills 5 --stall 8 --timeout 4 on two cores shared with other work, load 5:
-  clean:   2.9 s; 800 judgments stored
-  faulty: 13.6 s; 800 judgments stored; same output as clean
-  killed: 14.9 s, 5 kills (so at most 320 repeats); 800 stored; 87 answers repeated; same output as clean
+Measured with --judgments 2000 --kills 4 --stall 8 --timeout 4 on two cores shared with other work, load 9:
+  clean:   3.7 s; 2000 judgments stored
+  faulty: 26.9 s; 2000 judgments stored; same output as clean
+  killed: 43.0 s, 4 kills (so at most 256 repeats); 2000 stored; 61 answers repeated; same output as clean
 """
 import argparse
 import contextlib

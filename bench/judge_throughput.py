@@ -65,7 +65,8 @@ class Connection(asyncio.Protocol):
         self.data += data
         while (end := self.data.find(b"\r\n\r\n")) >= 0:
             head = self.data[:end].lower()
-            n = int(head[head.find(b"content-length:") + 15:].split(b"\r\n")[0])
+            _, found, length = head.partition(b"content-length:")  # GET /models has none
+            n = int(length.split(b"\r\n")[0]) if found else 0
             if len(self.data) < end + 4 + n:
                 return
             self.data = self.data[end + 4 + n:]

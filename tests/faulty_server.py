@@ -35,10 +35,11 @@ def spoiled(kind, text, draw):
     """(text, finish_reason, refusal) of an answer that is well-formed HTTP and no usable judgment."""
     if kind == "truncated":
         return text[: len(text) // 2], draw.choice(["stop", "length"]), None
-    if kind == "prose":  # two judgments: ambiguous
-        text = f'First I thought {{"accuracy": 1, "completeness": 2}}, but it is {text}.'
+    if kind == "prose":  # two different judgments: ambiguous
+        other = json.dumps(json.loads(text) | {"accuracy": (json.loads(text)["accuracy"] + 1) % 3})
+        text = f"First I thought {other}, but it is {text}."
     elif kind == "types":
-        wrong = draw.choice([r'\1"\2"', r"\1true", r"\1\2.5", r"\1null"])
+        wrong = draw.choice([r'\1"\2 of 2"', r"\1true", r"\1\2.5", r"\1null"])
         text = re.sub(r'("accuracy": )(\d)', wrong, text)
     elif kind == "range":
         text = re.sub(r'("accuracy": )\d', draw.choice([r"\g<1>3", r"\g<1>-1", r"\g<1>99"]), text)
@@ -62,6 +63,7 @@ class Server:
         message="no",
         retry_after=None,
         never=None,
+        models=None,
     ):
         self.faults, self.stall, self.delay, self.schema, self.seed = faults, stall, delay, schema, seed
         self.status, self.message, self.retry_after = (
@@ -69,6 +71,8 @@ class Server:
             message,
             retry_after,
         )  # status: always answer this one
+        self.answers_as = None  # the model's name in the answers; None: as asked for
+        self.models = models  # what /v1/models lists
         self.never = never  # prompts with this word get an empty answer each time
         self.log = open(log, "a", encoding="utf-8") if log else None
         self.seen, self.kinds, self.bodies, self.heads = Counter(), Counter(), [], []
@@ -77,6 +81,9 @@ class Server:
         try:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+                if head.startswith("GET"):
+                    self.send(writer, 200 if self.models else 404, {"data": self.models})
+                    continue
                 body = json.loads(
                     await reader.readexactly(int(re.search(r"content-length: (\d+)", head, re.I)[1]))
                 )
@@ -126,14 +133,17 @@ class Server:
         text = "" if self.never and self.never in prompt else json.dumps(answer(prompt))
         text, finish, refusal = spoiled(kind, text, draw)
         message = {"role": "assistant", "content": text, "refusal": refusal}
-        reply = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"],
+        reply = {"id": "x", "object": "chat.completion", "created": 0,
+                 "model": self.answers_as or body["model"],
                  "choices": [{"index": 0, "finish_reason": finish, "message": message}],
                  "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}}
         self.send(writer, 200, reply)
         if kind == "good" and self.log:
             await writer.drain()
             # without max_tokens: a larger one asks the same again
-            asked = json.dumps([body["model"], body["messages"], body.get("seed")])
+            # and without the sentence that says what was wrong with the last answer
+            shown = prompt.partition("\n\nYour last answer")[0]
+            asked = json.dumps([body["model"], body["messages"][0], shown, body.get("seed")])
             self.log.write(hashlib.sha256(asked.encode()).hexdigest()[:16] + "\n")
             self.log.flush()
         return True

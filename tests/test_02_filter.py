@@ -119,13 +119,20 @@ GOOD = {"accuracy": 1, "completeness": 2}
         ('{"accuracy": 1, "completeness": 2}', GOOD),
         ('```json\n{"completeness": 2, "accuracy": 1}\n```', GOOD),
         ('Here it is: {"accuracy": 1, "completeness": 2}. Done {sic}!', GOOD),
-        ('{"accuracy": 1, "completeness": 2} {"accuracy": 1, "completeness": 2}', None),
+        ('Twice: {"accuracy": 1, "completeness": 2} {"completeness": 2, "accuracy": 1}', GOOD),
         ('either {"accuracy": 0, "completeness": 0} or {"accuracy": 1, "completeness": 2}', None),
         ('{"accuracy": 1}', None),
-        ('{"accuracy": 1, "completeness": 2, "note": 1}', None),
-        ('{"accuracy": "1", "completeness": 2}', None),
+        ('{"accuracy": 1, "completeness": 2, "note": 1}', GOOD),
+        ('{"accuracy": "1", "completeness": " 2 "}', GOOD),
+        ('[{"accuracy": 1, "completeness": 2.0}]', GOOD),
+        ('```\n{"accuracy": "1.0", "completeness": 2}\n```\nThis is why: {}', GOOD),
+        ('{"accuracy": 1.5, "completeness": 2}', None),
+        ('{"accuracy": "1 or 2", "completeness": 2}', None),
+        ('{"accuracy": "", "completeness": 2}', None),
+        ('{"accuracy": 1, "completeness": 2}, or {"accuracy": 3, "completeness": 2}', None),
+        ('{"accuracy": 1, "completeness": 2}, or {"accuracy": 0}', None),
+        ('[{"accuracy": 1, "completeness": 2}, {"accuracy": 0, "completeness": 0}]', None),
         ('{"accuracy": true, "completeness": 2}', None),
-        ('{"accuracy": 1.0, "completeness": 2}', None),
         ('{"accuracy": 3, "completeness": 2}', None),
         ('{"accuracy": -1, "completeness": 2}', None),
         ("", None),
@@ -158,9 +165,10 @@ def test_prompts_and_keys_are_those_of_earlier_versions():
         digests.append(hashlib.blake2b(messages.encode(), digest_size=16).hexdigest())
     assert digests == [
         "6fd6ccdfe6cab2e943b6b08cb7d47d19",
-        "78b229b7c773f9679e6f3a989176fbf1",
+        "91d2e89d32eb788bd942461f6b9c42b9",
         "676ba9c1e465ff0dc5cce690371a13d9",
     ]
+    assert "reference" not in "".join(m["content"] for m in llm.judge_messages("Wer?", "xx", candidate))
     assert asyncio.run(keys_of(candidate, reference)) == [
         "5ebe3181709b1292b4311b2e80276393",
         "bc30ef4a52cc5e5a2904554fc2d305e9",
@@ -558,7 +566,10 @@ def test_an_unjudged_candidate_is_left_out_counted_and_asked_again(tmp_path):
         with pytest.raises(common.DataError, match=r"1 of 114 candidates .*empty.*--max-unjudged"):
             filter_(tmp_path, server.url, "--max-unjudged", 0.001)
         assert not (tmp_path / "out.jsonl").exists()
-        assert sum("UNANSWERABLE" in b["messages"][1]["content"] for b in server.bodies) == llm.LLM.ATTEMPTS
+        # once, once told what was wrong, once more to see whether the server's answers vary
+        asked = [b["messages"][1]["content"] for b in server.bodies]
+        asked = [content.partition("\n\n")[2] for content in asked if "UNANSWERABLE" in content]
+        assert asked == ["", "Your last answer was empty. " + llm.WANTED, ""]
         out = filter_(tmp_path, server.url)
         assert (
             read(out)[2]["unjudged"] == [{"docid": "2#5", "reason": "empty"}] and meta(out)["unjudged"] == 1

@@ -130,7 +130,7 @@ def test_transformers_serve_answers_a_real_run(served, tmp_path, monkeypatch):
     )
     counts = json.loads((tmp_path / "out.jsonl.meta.json").read_text())["counts"]
     stats = counts["calls"][str(model)]
-    assert stats["asked"] == 6 and stats["prompt_tokens"] > 6 * 1000 and stats["completion_tokens"] > 0
+    assert 6 <= stats["asked"] <= 7 and stats["prompt_tokens"] > 6 * 1000 and stats["completion_tokens"] > 0
     assert counts["unjudged"] == 3 and set(counts["reasons"]) <= {"unparsable", "cut off", "empty"}
     out = json.loads((tmp_path / "out.jsonl").read_text())
     assert [p["docid"] for p in out["negative_passages"]] == ["h"] and [

@@ -1,0 +1,426 @@
+"""Servers of every manner, over a real socket: what a judgment costs, whether it is right, how the run ends.
+
+    python tests/test_llm_manners.py      prints the table
+"""
+
+import asyncio
+import json
+import re
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from faulty_server import Running, answer
+from test_02_filter import answers, filter_, key, meta, read, records, write  # noqa: F401 - key: a fixture
+
+import common
+import llm
+
+DRAFT = '{"accuracy": 2, "completeness": 2}'
+TOO_LONG = {
+    "vllm": "This model's maximum context length is 8192 tokens. However, you requested 9000 tokens "
+    "(8936 in the messages, 64 in the completion). Please reduce the length of the messages.",
+    "vllm, newer": "'max_tokens' or 'max_completion_tokens' is too large: 64. This model's maximum context "
+    "length is 8192 tokens and your request has 8180 input tokens.",
+    "llama.cpp": "the request exceeds the available context size, try increasing it",
+    "tgi": "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 4096. Given: "
+    "5000 `inputs` tokens",
+    "gemini": "The input token count (1400000) exceeds the maximum number of tokens allowed (1048576).",
+}
+
+
+def refuse(name, value="not supported with this model"):
+    return 400, {"error": {"message": f"Unsupported parameter: '{name}' is {value}.", "param": name}}
+
+
+def reply(manner, body, number):
+    """(status, body) of the number-th call; the right judgment is known from the prompt."""
+    right = answer(body["messages"][-1]["content"].partition("\n\nYour last answer")[0])
+    text = json.dumps(right)
+    budget = body.get("max_tokens") or body.get("max_completion_tokens") or 10**6
+    finish = "stop"
+    more = {}
+    kind, _, what = manner.partition(": ")
+    if kind == "refuses" and what in body:
+        return refuse(what)
+    if kind == "like gpt-5" and "max_tokens" in body:
+        return refuse("max_tokens", "not supported with this model. Use 'max_completion_tokens' instead")
+    if kind == "like gpt-5" and body.get("temperature", 1) != 1:
+        return refuse("temperature")
+    if kind == "422" and "seed" in body:
+        told = {"loc": ["body", "seed"], "msg": "Extra inputs are not permitted", "input": body}
+        return 422, {"detail": [told]}
+    if kind == "too long" and number % 5 == 3:
+        return 400, {"error": {"message": TOO_LONG[what], "code": 400}}
+    if kind == "error in 200" and number % 3 == 1:
+        return 200, {"error": {"message": "Upstream error: model overloaded", "code": 502}}
+    if kind == "always error in 200":
+        return 200, {"error": {"message": "Upstream error: model overloaded", "code": 502}}
+    if kind == "think":
+        text = f"<think>\nPerhaps {DRAFT}? No.\n</think>\n\n{text}"
+    elif kind == "think, not opened":
+        text = f"Perhaps {DRAFT}? No.\n</think>\n\n{text}"
+    elif kind == "think, never closed":
+        text = f"<think>\nPerhaps {DRAFT}? No. Then"
+    elif kind == "reasoning parser":
+        more = {"reasoning_content": f"Perhaps {DRAFT}?"}
+        if budget < 1500:
+            text, finish = None, "length"
+    elif kind == "think, cut off":
+        if budget < 1500:
+            text, finish = f"<think>\nPerhaps {DRAFT}? No.", "length"
+        else:
+            text = f"<think>\nPerhaps {DRAFT}? No.\n</think>\n\n{text}"
+    elif kind == "parts":
+        draft = {"type": "thinking", "thinking": [{"type": "text", "text": DRAFT}]}
+        text = [draft, {"type": "text", "text": text}]
+    elif kind == "extra key":
+        text = json.dumps(right | {"explanation": "It names the {capital}."})
+    elif kind == "strings":
+        text = json.dumps({name: str(score) for name, score in right.items()})
+    elif kind == "floats":
+        text = json.dumps({name: float(score) for name, score in right.items()})
+    elif kind == "list":
+        text = json.dumps([right])
+    elif kind == "prose":
+        text = f"The passage is about a city. My judgment: {text}. It is {{sic}} so."
+    elif kind == "fence":
+        text = f"```json\n{text}\n```"
+    elif kind == "needs telling" and "Your last answer was unparsable" not in body["messages"][-1]["content"]:
+        text = f"{text} or {json.dumps({name: 2 - score for name, score in right.items()} | {'accuracy': 9})}"
+    elif kind == "never usable":
+        text = f"Well, {number} things can be said."
+    elif kind == "always cut off":
+        text, finish = f"{text} {{", "length"
+    elif kind == "always 0":
+        text = '{"accuracy": 0, "completeness": 0}'
+    message = {"role": "assistant", "content": text, "refusal": None} | more
+    choices = [{"message": message, "finish_reason": finish}]
+    usage = {"prompt_tokens": 100, "completion_tokens": 20}
+    return 200, {"id": "x", "model": body["model"], "choices": choices, "usage": usage}
+
+
+class Manner:
+    """`with Manner("think") as server:`, whose bodies are the requests."""
+
+    def __init__(self, manner):
+        self.bodies = []
+        busy = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_):
+                pass
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with busy:
+                    outer.bodies.append(body)
+                    status, out = reply(manner, body, len(outer.bodies))
+                data = json.dumps(out).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+        class Server(ThreadingHTTPServer):
+            request_queue_size = 256
+            daemon_threads = True
+
+            def handle_error(self, *_):
+                pass  # a client that went away
+
+        self.server = Server(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def judged(folder, manner, *flags, n=3):
+    """(calls, candidates, judgments right, unjudged, exit status) of stage 02 beside such a server."""
+    write(folder / "in.jsonl", records(n, 20, 0))
+    status = 0
+    with Manner(manner) as server:
+        try:
+            filter_(folder, server.url, "--max-unjudged", 0.25, *flags)
+        except common.DataError as error:
+            status = str(error)
+    right = unjudged = 0
+    for record in read(folder / "out.jsonl") if not status else []:
+        unjudged += len(record.get("unjudged", []))
+        for passage in record["negative_passages"] + record["false_negatives"]:
+            prompt = llm.judge_messages("?", "en", passage)[1]["content"]
+            right += passage["grade"] == min(answer(prompt).values())
+    return len(server.bodies), 20 * n, right, unjudged, status
+
+
+PLAIN = ["plain", "think", "think, not opened", "parts", "extra key", "strings", "floats", "list", "prose",
+         "fence"]
+LEARNED = {  # calls beyond one a candidate
+    "reasoning parser": 1, "think, cut off": 1, "refuses: max_tokens": 1, "refuses: temperature": 1,
+    "refuses: response_format": 1, "like gpt-5": 2}
+
+
+@pytest.mark.parametrize("manner", [*PLAIN, *LEARNED])
+def test_a_manner_costs_no_judgment_and_is_learned_once(tmp_path, manner):
+    assert judged(tmp_path, manner) == (60 + LEARNED.get(manner, 0), 60, 60, 0, 0)
+
+
+@pytest.mark.parametrize("manner", ["refuses: seed", "422: seed"])
+def test_a_seed_that_is_refused_is_left_out(tmp_path, manner):
+    calls, n, right, unjudged, status = judged(tmp_path, manner, "--votes", 2)
+    assert (calls, unjudged, status) == (2 * n + 1, 0, 0) and right == n
+
+
+def test_top_p_and_what_else_is_set_is_sent_kept_apart_and_dropped_if_refused(tmp_path):
+    settings = json.dumps({"top_p": 0.5, "reasoning_effort": "low", "response_format": None})
+    assert judged(tmp_path, "refuses: top_p", "--llm-settings", settings) == (61, 60, 60, 0, 0)
+    with Manner("plain") as server:
+        filter_(tmp_path, server.url, "--llm-settings", settings, out="again.jsonl")
+        assert not server.bodies
+        filter_(tmp_path, server.url, out="other.jsonl")
+        assert len(server.bodies) == 60
+        export = tmp_path / "batch.jsonl"
+        settings = '{"max_completion_tokens": 99}'
+        filter_(tmp_path, server.url, "--llm-settings", settings, "--batch-export", export)
+    body = read(export)[0]["body"]
+    assert body["max_completion_tokens"] == 99
+
+
+def test_a_budget_that_the_user_sets_is_sent_as_it_is(tmp_path):
+    with Manner("reasoning parser") as server:
+        write(tmp_path / "in.jsonl", records(1, 4, 0))
+        filter_(tmp_path, server.url, "--llm-settings", '{"max_completion_tokens": 1600}')
+    assert len(server.bodies) == 4
+    assert all(b["max_completion_tokens"] == 1600 and "max_tokens" not in b for b in server.bodies)
+
+
+@pytest.mark.parametrize("words", TOO_LONG)
+def test_a_prompt_that_is_too_long_is_unjudged_with_the_servers_words(tmp_path, words):
+    calls, n, right, unjudged, status = judged(tmp_path, f"too long: {words}")
+    assert (calls, right, unjudged, status) == (n, n - n // 5, n // 5, 0)
+    told = f"refused by the server: 400: {TOO_LONG[words]}"
+    assert meta(tmp_path / "out.jsonl")["reasons"] == {told: n // 5}
+
+
+def test_any_400_after_an_answer_is_about_its_prompt(tmp_path):
+    TOO_LONG["odd"] = "wrong in a way that nobody foresaw, perhaps max_tokens must be at least 1"
+    try:
+        assert judged(tmp_path, "too long: odd") == (60, 60, 48, 12, 0)
+    finally:
+        del TOO_LONG["odd"]
+
+
+def test_an_error_in_a_200_is_waited_out_or_told(tmp_path, monkeypatch):
+    calls, n, right, unjudged, status = judged(tmp_path, "error in 200", n=1)
+    assert (right, unjudged, status) == (n, 0, 0) and calls < 2 * n
+    monkeypatch.setattr(llm.LLM, "RETRIES_AT_FIRST", 1)
+    calls, *_, status = judged(tmp_path, "always error in 200", "--cache", tmp_path / "c2", "--overwrite")
+    assert calls == 2 and "keeps failing (200: Upstream error: model overloaded)" in status
+
+
+def test_a_misread_model_is_told_what_was_wrong_once(tmp_path):
+    assert judged(tmp_path, "needs telling", n=1) == (40, 20, 20, 0, 0)
+
+
+@pytest.mark.parametrize("manner, words", [
+    ("never usable", "100% of 200 answers are of no use; 200 are unparsable, such as 'Well, "),
+    ("think, never closed", "are empty, .*chat template"),
+    ("always cut off", "are cut off, .*max_tokens.*16000"),
+])
+def test_a_server_that_never_answers_usably_is_left_early(tmp_path, manner, words):
+    calls, *_, status = judged(tmp_path, manner, n=100)
+    assert calls <= 300
+    with pytest.raises(AssertionError, match=words):
+        assert False, status
+    assert "what was answered is in" in status
+
+
+def test_a_judge_that_says_the_same_to_all_is_told(tmp_path, capsys):
+    judged(tmp_path, "always 0", n=11)
+    assert "the first 200 verdicts are all alike ({0: 200, 1: 0, 2: 0})" in capsys.readouterr().err
+    judged(tmp_path, "plain", "--cache", tmp_path / "c2", "--overwrite", n=11)
+    assert "alike" not in capsys.readouterr().err
+
+
+def test_a_lost_connection_is_no_slow_answer(tmp_path, capsys):
+    write(tmp_path / "in.jsonl", records(2, 20, 0))
+    with Running() as server:
+        lost = iter([True] * 10)
+
+        async def respond(body, writer, usual=server.respond):
+            if len(server.bodies) > 30 and next(lost, False):
+                return False
+            return await usual(body, writer)
+
+        server.respond = respond
+        filter_(tmp_path, server.url)
+    assert "no answer in" not in capsys.readouterr().err and next(lost, None) is None
+
+
+def test_a_slow_server_is_kept_busy_and_asked_nothing_twice(tmp_path):
+    """One call at a time, 64 asked for: at 2 s a call and 120 s of patience all 64 would take 128 s."""
+    write(tmp_path / "in.jsonl", records(10, 20, 0))
+    with Running() as server:
+        turn = asyncio.Lock()
+
+        async def respond(body, writer, usual=server.respond):
+            async with turn:  # also for a client that went away
+                await asyncio.sleep(0.03)
+                return await usual(body, writer)
+
+        server.respond = respond
+        start = time.time()
+        filter_(tmp_path, server.url, "--timeout", 1.8, "--concurrency", 64)
+        seconds = time.time() - start
+    asked = Counter(json.dumps(body["messages"]) for body in server.bodies)
+    assert len(asked) == 200 and max(asked.values()) == 1
+    assert 200 > 0.8 * seconds / 0.031
+
+
+def test_calls_that_time_out_are_told_and_halved(tmp_path, capsys):
+    write(tmp_path / "in.jsonl", records(2, 20, 0))
+    with Running(delay=0.05) as server:
+        busy = Counter()
+
+        async def respond(body, writer, usual=server.respond):
+            busy["now"] += 1
+            busy[busy["now"]] += 1
+            try:
+                if busy["now"] > 4:  # as a server that shares its time among too many
+                    await asyncio.sleep(0.6)
+                return await usual(body, writer)
+            finally:
+                busy["now"] -= 1
+
+        server.respond = respond
+        filter_(tmp_path, server.url, "--timeout", 0.3, "--concurrency", 64)
+    printed = capsys.readouterr().err
+    limits = [int(n) for n in re.findall(r"no answer in 0.3 s; .* at most (\d+) at once", printed)]
+    assert limits and limits[-1] <= 8 and all(b <= a / 2 for a, b in zip(limits, limits[1:]))
+    assert re.search(r"; \d+ times no answer in 0.3 s", printed)
+
+
+def test_relabelled_candidates_become_positives(tmp_path, capsys):
+    write(tmp_path / "in.jsonl", records(20))
+    with Running() as server:
+        plain = read(filter_(tmp_path, server.url, "--rejudge-human"))
+        out = filter_(tmp_path, server.url, "--rejudge-human", "--relabel-at", 2, out="new.jsonl")
+    rows = read(out)
+    n = Counter()
+    for before, after, source in zip(plain, rows, records(20)):
+        assert after["positive_passages"][:2] == before["positive_passages"] == source["positive_passages"]
+        new = after["positive_passages"][2:]
+        human = {p["docid"] for p in source["negative_passages"]}
+        best = {p["docid"] for p in before["false_negatives"] if p["grade"] == 2}
+        assert {p["docid"] for p in new} == best - human
+        assert all(p["source"] == "relabelled" and p["grade"] == 2 for p in new)
+        n[after["lang"]] += len(new)
+    assert n["sw"] and n["th"] and meta(out)["relabelled"] == n.total()
+    assert f"relabelled as positives {n['sw']}" in capsys.readouterr().err
+
+
+# ---- which model answered
+
+
+def served(root):
+    return [{"id": "judge", "object": "model", "root": root}, {"id": "other", "root": "x"}]
+
+
+def test_two_models_behind_one_name_are_told_and_never_mixed(tmp_path, capsys):
+    write(tmp_path / "in.jsonl", records(2))
+    with Running(models=served("/models/a")) as server:
+        filter_(tmp_path, server.url)
+        assert len(server.bodies) == 38 and "answered by /models/a" in capsys.readouterr().err
+        server.models = served("/models/b")
+        filter_(tmp_path, server.url, out="b.jsonl")
+        printed = capsys.readouterr().err
+        assert len(server.bodies) == 76 and "answers of /models/a in" in printed
+        assert "/models/b answers now" in printed and "answered by /models/b" in printed
+        server.models = served("/models/a")  # and both are kept
+        filter_(tmp_path, server.url, "--overwrite")
+        assert len(server.bodies) == 76
+
+
+def test_a_version_tells_models_apart_that_the_server_does_not(tmp_path, capsys):
+    write(tmp_path / "in.jsonl", records(2))
+    with Running() as server:
+        filter_(tmp_path, server.url)
+        filter_(tmp_path, server.url, "--llm-version", "tuned again", out="b.jsonl")
+        assert len(server.bodies) == 76
+        filter_(tmp_path, server.url, "--llm-version", "tuned again", "--drop-at", 2, out="c.jsonl")
+        filter_(tmp_path, server.url, "--drop-at", 2, out="d.jsonl")
+        assert len(server.bodies) == 76
+    assert "used together" not in capsys.readouterr().err
+
+
+def test_a_model_that_changes_its_name_in_the_answers_is_told(tmp_path, capsys):
+    write(tmp_path / "in.jsonl", records(2))
+    with Running() as server:
+        server.answers_as = "judge-2024-05"
+        filter_(tmp_path, server.url, "--limit", 1)
+        server.answers_as = "judge-2024-08"
+        filter_(tmp_path, server.url, out="b.jsonl")
+    assert "judge-2024-05 and judge-2024-08 are used together; --llm-version" in capsys.readouterr().err
+
+
+def test_answers_of_an_earlier_file_count_and_are_dated(tmp_path, capsys):
+    write(tmp_path / "in.jsonl", records(1))
+    with Running() as server:
+        first = filter_(tmp_path, server.url).read_bytes()
+        path = tmp_path / "cache/llm/judge.sqlite"
+        old = answers(path)
+        path.unlink()
+        with llm.contextlib.closing(llm.sqlite3.connect(path)) as db:
+            db.execute("CREATE TABLE answers (key TEXT PRIMARY KEY, text TEXT NOT NULL, "
+                       "time INTEGER NOT NULL) WITHOUT ROWID")
+            db.executemany("INSERT INTO answers VALUES (?, ?, 1700000000)", old)
+            db.commit()
+        capsys.readouterr()
+        assert filter_(tmp_path, server.url, out="b.jsonl").read_bytes() == first and len(server.bodies) == 19
+    assert "19 answers from the cache" in (printed := capsys.readouterr().err) and "from 2023-11-1" in printed
+
+
+def test_a_run_tells_early_what_it_will_take(tmp_path, capsys):
+    write(tmp_path / "in.jsonl", records(8))
+    with Running() as server:
+        filter_(tmp_path, server.url, "--price-in", 1, "--concurrency", 2)
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("forecast")]
+    assert told == ["forecast of the whole run: 152 calls, 15,200 prompt and 1,520 completion tokens, "
+                    "0.02 money"]
+
+
+def main():
+    import contextlib
+    import io
+    import os
+    import tempfile
+    from pathlib import Path
+
+    os.environ.setdefault("OPENAI_API_KEY", "x")
+    manners = [*PLAIN, *LEARNED, "422: seed", *(f"too long: {words}" for words in TOO_LONG), "error in 200",
+               "needs telling", "think, never closed", "always cut off", "never usable"]
+    print(f"{'manner of the server':<26} calls/judgment  right      unjudged  exit status")
+    for manner in manners:
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+            flags = ["--votes", 2] if "seed" in manner else []
+            n_records = 100 if manner in manners[-3:] else 3
+            calls, n, right, unjudged, status = judged(Path(folder), manner, *flags, n=n_records)
+        cost = f"{calls / n / (2 if flags else 1):.2f}" if not status else f"{calls} calls"
+        status = f"2: {status[:90]}" if status else 0
+        print(f"{manner:<26} {cost:<15} {right:4} of {n:<4} {unjudged:<8} {status}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """A classical stand-in for a language model: an OpenAI-compatible chat server that needs no model.
 
 It lets the pipeline run end to end on a fresh machine, over a real socket with the real client. IT IS NOT A
-LANGUAGE MODEL: it compares words and numbers, and picks and cuts sentences (offline_skills.py). Its output
+LANGUAGE MODEL: it compares words and numbers, and picks and cuts sentences (sample/stand_in.py). Its output
 shows that the plumbing works, not what the method is worth; every answer says so in `system_fingerprint`.
 
 Reads   POST /v1/chat/completions; the last user message has lines `Label: "JSON string"` (answer_task).
@@ -25,7 +25,7 @@ import traceback
 import zlib
 
 from common import Parser
-from offline_skills import judge, summarise, write_negative, write_query
+from sample.stand_in import judge, summarise, write_negative, write_query
 
 FINGERPRINT = "offline-stand-in: classical methods, no language model"
 MAX_BODY = 4 * 1024 * 1024  # bytes; more is answered 413

@@ -89,6 +89,7 @@ def project(tmp_path_factory):
         "README.md",
         *(p.name for p in ROOT.glob("*.py")),
         "sample/make_encoder.py",
+        "sample/stand_in.py",
         "sample/make_sample.py",
     ):
         (top / path).parent.mkdir(parents=True, exist_ok=True)

@@ -5,12 +5,14 @@ the batches, the join of title and text, vectors on disk, and what a folder with
 Letters used for shapes: N texts, D width of a vector, L tokens.
 """
 import contextlib
+import ctypes
 import functools
 import hashlib
 import json
 import logging
 import os
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -51,6 +53,13 @@ def encoder_flags(parser):
 
 def from_flags(name, args):
     return Encoder(name, args.device, args.query_max_len, args.passage_max_len, args.settings, args.dtype)
+
+
+def keep_blocks():
+    """Let glibc keep freed blocks up to 64 MB: a third of a small encoder's CPU time went to page faults."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(-3, 64 << 20)  # M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD
 
 
 # --------------------------------------------------------------------------- finding and loading a model
@@ -211,6 +220,7 @@ class Encoder:
         self.prefix = {"query": used["query_prefix"], "passage": used["passage_prefix"]}
         self.asked = {"query": query_max_len, "passage": passage_max_len}
         self.n_read, self.n_cut = {"query": 0, "passage": 0}, {"query": 0, "passage": 0}
+        keep_blocks()
         if self.similarity not in ("cosine", "dot"):
             raise DataError(f"{self.folder}: similarity {self.similarity!r}, want cosine or dot; choose "
                             "with --settings normalise=yes or normalise=no")

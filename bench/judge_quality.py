@@ -1,19 +1,24 @@
 """How good must the judge be? nDCG@10 after training on negatives filtered by a judge with a set error rate.
 
-What    A LABELLED SIMULATION, not a language model. Training keeps one positive a query and hides the others, which are then
-        known false negatives in the corpus. A local endpoint judges from the labels (--truth: the sample's complete truth;
-        else people's positives, everything else counts as irrelevant) and errs at the given rate: of a relevant passage
-        (grade 2) it says 0 or 1, of an irrelevant one (grade 0) 1 or 2, each half of the times. --drop-at 1 (Sec. 3.3) then removes
-        more of both, --drop-at 2 (appendix) less.
-How     Stages 01 and 04 once a seed, then 02, 05 and 06 for each judge. In place of stage 03, a query that a bad judge leaves with
-        fewer than 7 negatives gets random ones (counted as `filled`). Every row of the result is kept
-        as soon as it is there: a killed or stopped run (--minutes) goes on where it was when started again.
-Beside  `none`: nothing is removed; `stand-in`: offline_llm.py judges; `0`: a perfect judge; the encoder before training
+What    A LABELLED SIMULATION, not a language model. Training keeps one positive a query and hides the
+        others, which are then known false negatives in the corpus. A local endpoint judges from the labels
+        (--truth: the sample's complete truth; else people's positives, everything else counts as
+        irrelevant) and errs at the given rate: of a relevant passage (grade 2) it says 0 or 1, of an
+        irrelevant one (grade 0) 1 or 2, each half of the times. --drop-at 1 (Sec. 3.3) then removes more of
+        both, --drop-at 2 (appendix) less.
+How     Stages 01 and 04 once a seed, then 02, 05 and 06 for each judge. In place of stage 03, a query that
+        a bad judge leaves with fewer than 7 negatives gets random ones (counted as `filled`). Every row of
+        the result is kept as soon as it is there: a killed or stopped run (--minutes) goes on where it was
+        when started again.
+Beside  `none`: nothing is removed; `stand-in`: offline_llm.py judges; `0`: a perfect judge; the encoder
+        before training
 Writes  OUT.json (rows, summary, reading), OUT.png
 Usage   make judge-quality
-        make judge-quality DATA_SOURCE=miracl DATA_ROOT=../shared/data/minimiracl LANGS="sw te id ar zh" JUDGE="--weak sw te"
+        make judge-quality DATA_SOURCE=miracl DATA_ROOT=../shared/data/minimiracl LANGS="sw te id ar zh"
+        JUDGE="--weak sw te"
 Cost    a row is a run of 02, 05 and 06 with one thread, --jobs at a time
 """
+
 import asyncio
 import hashlib
 import json
@@ -34,8 +39,20 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import (DataError, Parser, atomic, corpus_files, dump, passage_text, positive_int, read_lines,
-                    read_passages, read_queries, run, say)
+from common import (
+    DataError,
+    Parser,
+    atomic,
+    corpus_files,
+    dump,
+    passage_text,
+    positive_int,
+    read_lines,
+    read_passages,
+    read_queries,
+    run,
+    say,
+)
 
 NEGATIVES = 7  # hard negatives a query and step (Sec. 4.1)
 
@@ -43,23 +60,55 @@ NEGATIVES = 7  # hard negatives a query and step (Sec. 4.1)
 def build_parser():
     parser = Parser(__doc__)
     parser.add_argument("--data", metavar="FOLDER", help="a folder made by 00_prepare_data.py")
-    parser.add_argument("--truth", metavar="FOLDER", help="qrels of every relevant passage, <split>/<lang>.tsv; default: the positives in --data")
+    parser.add_argument(
+        "--truth",
+        metavar="FOLDER",
+        help="qrels of every relevant passage, <split>/<lang>.tsv; default: the positives in --data",
+    )
     parser.add_argument("--encoder", metavar="MODEL", help="where training starts")
     parser.add_argument("--lang", nargs="+", metavar="CODE", help="use only these languages")
-    parser.add_argument("--errors", nargs="+", type=float, default=[0, 0.1, 0.2, 0.4], help="error rates of the judge, 0 to 1")
-    parser.add_argument("--weak", nargs="+", metavar="CODE", default=[], help="languages in which the judge is worse")
-    parser.add_argument("--weak-error", type=float, default=0.4, help="its error rate there; elsewhere it is the lowest of --errors above 0")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[13, 14, 15], help="of the kept positives, the errors and the training")
+    parser.add_argument(
+        "--errors", nargs="+", type=float, default=[0, 0.1, 0.2, 0.4], help="error rates of the judge, 0 to 1"
+    )
+    parser.add_argument(
+        "--weak", nargs="+", metavar="CODE", default=[], help="languages in which the judge is worse"
+    )
+    parser.add_argument(
+        "--weak-error",
+        type=float,
+        default=0.4,
+        help="its error rate there; elsewhere it is the lowest of --errors above 0",
+    )
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        default=[13, 14, 15],
+        help="of the kept positives, the errors and the training",
+    )
     parser.add_argument("--depth", type=positive_int, default=20, help="candidates per query")
     parser.add_argument("--epochs", type=positive_int, default=3, help="of training")
-    parser.add_argument("--train-flags", nargs="+", metavar="FLAG", default=["lr=1e-3", "temperature=0.05"],
-                        help="further flags of 05_train.py, as name=value")
+    parser.add_argument(
+        "--train-flags",
+        nargs="+",
+        metavar="FLAG",
+        default=["lr=1e-3", "temperature=0.05"],
+        help="further flags of 05_train.py, as name=value",
+    )
     parser.add_argument("--jobs", type=positive_int, default=2, help="rows at a time, each with one thread")
     parser.add_argument("--minutes", type=float, help="start no further row after so long")
-    parser.add_argument("--work", metavar="FOLDER", help="for what the stages make; default: runs/<name of OUT>")
+    parser.add_argument(
+        "--work", metavar="FOLDER", help="for what the stages make; default: runs/<name of OUT>"
+    )
     parser.add_argument("--out", metavar="NAME", help="NAME.json and NAME.png")
-    parser.add_argument("--answer", metavar="FILE", help="(used by this script) serve answers from this file while --exec runs")
-    parser.add_argument("--error", type=float, default=0.0, help="(used by this script) error rate of the served judge")
+    parser.add_argument(
+        "--answer",
+        metavar="FILE",
+        help="(used by this script) serve answers from this file while --exec runs",
+    )
+    parser.add_argument(
+        "--error", type=float, default=0.0, help="(used by this script) error rate of the served judge"
+    )
     parser.add_argument("--seed", type=int, default=13, help="(used by this script) of its errors")
     parser.add_argument("--exec", nargs=REMAINDER, dest="command", help="(used by this script) the command")
     return parser
@@ -67,12 +116,14 @@ def build_parser():
 
 # --------------------------------------------------------------------------- the labels and the judge
 
+
 def fingerprint(text):
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
 def hide(args, seed, folder):
-    """A collection in folder like --data but with one positive a query; truth.json has the fingerprints of all relevant passages."""
+    """A collection in folder like --data but with one positive a query; truth.json has the fingerprints of
+    all relevant passages."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("corpus", "qrels", "dev.jsonl"):
         if not (folder / name).exists():
@@ -89,24 +140,41 @@ def hide(args, seed, folder):
         for number, line in read_lines(path):
             fields = line.decode().split()
             if len(fields) != 4:
-                raise DataError(f"{path}:{number}: got {len(fields)} fields, want 'query_id 0 docid relevance'; check the file")
+                raise DataError(
+                    f"{path}:{number}: got {len(fields)} fields, want 'query_id 0 docid relevance'; check "
+                    f"the file"
+                )
             if int(fields[3]) > 0 and (lang, fields[0]) in relevant:
                 relevant[lang, fields[0]].add(fields[2])
     texts = {}
     for lang in langs:
         wanted = {docid for (of_lang, _), docids in relevant.items() if of_lang == lang for docid in docids}
-        texts |= {(lang, p["docid"]): fingerprint(passage_text(p)) for file in corpus_files(args.data, lang)
-                  for p in read_passages(file, read_lines(file)) if p["docid"] in wanted}
-    truth = {r["query"]: {"lang": r["lang"], "relevant": sorted(texts[r["lang"], d] for d in relevant[r["lang"], r["query_id"]])}
-             for r in records}
-    for name, lines in (("train.jsonl", map(dump, records)), ("truth.json", [json.dumps(truth, ensure_ascii=False)])):
+        texts |= {
+            (lang, p["docid"]): fingerprint(passage_text(p))
+            for file in corpus_files(args.data, lang)
+            for p in read_passages(file, read_lines(file))
+            if p["docid"] in wanted
+        }
+    truth = {
+        r["query"]: {
+            "lang": r["lang"],
+            "relevant": sorted(texts[r["lang"], d] for d in relevant[r["lang"], r["query_id"]]),
+        }
+        for r in records
+    }
+    for name, lines in (
+        ("train.jsonl", map(dump, records)),
+        ("truth.json", [json.dumps(truth, ensure_ascii=False)]),
+    ):
         with atomic(folder / name) as temporary:
             temporary.write_text("".join(lines), "utf-8")
     return {(lang, query_id): docids for (lang, query_id), docids in relevant.items()}
 
 
 def labelled_judge(truth, error, weak=(), weak_error=0.0, seed=13):
-    """judge(question, reference, candidate) that answers from truth and errs at the rate of the question's language."""
+    """judge(question, reference, candidate) that answers from truth and errs at the rate of the question's
+    language."""
+
     def judge(question, reference, candidate):
         known = truth.get(question, {"lang": None, "relevant": ()})
         grade = 2 if fingerprint(candidate) in known["relevant"] else 0
@@ -114,34 +182,52 @@ def labelled_judge(truth, error, weak=(), weak_error=0.0, seed=13):
         if draw.random() < (weak_error if known["lang"] in weak else error):
             grade = draw.choice([other for other in (0, 1, 2) if other != grade])
         return {"accuracy": grade, "completeness": grade}
+
     return judge
 
 
 def answer(args):
-    """Run the command beside an endpoint that speaks offline_llm.py's protocol; a negative error rate: it finds nothing relevant."""
+    """Run the command beside an endpoint that speaks offline_llm.py's protocol; a negative error rate: it
+    finds nothing relevant."""
     import offline_llm
+
     truth = json.loads(Path(args.answer).read_text("utf-8"))
     offline_llm.FINGERPRINT = "labelled simulation: answers from known labels, no language model"
-    offline_llm.judge = labelled_judge(truth, args.error, args.weak, args.weak_error, args.seed) if args.error >= 0 else \
-        lambda question, reference, candidate: {"accuracy": 0, "completeness": 0}
+    offline_llm.judge = (
+        labelled_judge(truth, args.error, args.weak, args.weak_error, args.seed)
+        if args.error >= 0
+        else lambda question, reference, candidate: {"accuracy": 0, "completeness": 0}
+    )
     return asyncio.run(offline_llm.serve(0, args.command))
 
 
 # --------------------------------------------------------------------------- the rows
 
+
 def stage(*command):
     """Run a script of the project; its bad end ends this one."""
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     if done.returncode:
-        raise DataError(f"{' '.join(map(str, command))[:300]} ended with {done.returncode}: {done.stderr[-600:]}")
+        raise DataError(
+            f"{' '.join(map(str, command))[:300]} ended with {done.returncode}: {done.stderr[-600:]}"
+        )
 
 
 def judges(args):
     """[{judge, drop_at, weak}] of one seed, in the order in which they are run."""
     rows = [{"judge": name, "drop_at": 1, "weak": False} for name in ("none", "stand-in")]
-    rows += [{"judge": error, "drop_at": drop_at, "weak": False} for error in args.errors
-             for drop_at in ((1, 2) if error else (1,))]  # without errors there is no grade 1
+    rows += [
+        {"judge": error, "drop_at": drop_at, "weak": False}
+        for error in args.errors
+        for drop_at in ((1, 2) if error else (1,))
+    ]  # without errors there is no grade 1
     elsewhere = min((error for error in args.errors if error), default=0)
     return rows + [{"judge": elsewhere, "drop_at": drop_at, "weak": True} for drop_at in (1, 2) if args.weak]
 
@@ -151,10 +237,39 @@ def prepare(args, seed, folder):
     data = folder / "data"
     relevant = hide(args, seed, data)
     common = ["--lang", *args.lang] if args.lang else []
-    stage("01_mine_candidates.py", "--data", data, "--retrievers", "bm25", args.encoder, "--fusion", "rrf", "--depth", args.depth,
-          "--cache", folder.parent / "cache", "--seed", seed, "--out", folder / "candidates.jsonl", *common)
-    stage("04_cluster_topics.py", "--input", folder / "candidates.jsonl", "--encoder", args.encoder, "--cache", folder.parent / "cache",
-          "--seed", seed, "--out", folder / "topics.jsonl", *common)
+    stage(
+        "01_mine_candidates.py",
+        "--data",
+        data,
+        "--retrievers",
+        "bm25",
+        args.encoder,
+        "--fusion",
+        "rrf",
+        "--depth",
+        args.depth,
+        "--cache",
+        folder.parent / "cache",
+        "--seed",
+        seed,
+        "--out",
+        folder / "candidates.jsonl",
+        *common,
+    )
+    stage(
+        "04_cluster_topics.py",
+        "--input",
+        folder / "candidates.jsonl",
+        "--encoder",
+        args.encoder,
+        "--cache",
+        folder.parent / "cache",
+        "--seed",
+        seed,
+        "--out",
+        folder / "topics.jsonl",
+        *common,
+    )
     return relevant
 
 
@@ -166,24 +281,63 @@ def one_row(args, seed, row, folder, relevant):
     """Filter, train, evaluate: the row with its figures."""
     name = judge_name(row)
     top = folder / name / str(row["drop_at"])
-    filtering = ["02_filter_false_negatives.py", "--input", folder / "topics.jsonl", "--llm", f"simulated-{name}", "--drop-at", row["drop_at"],
-                 "--cache", folder / name, "--seed", seed, "--out", top / "filtered.jsonl"]
+    filtering = [
+        "02_filter_false_negatives.py",
+        "--input",
+        folder / "topics.jsonl",
+        "--llm",
+        f"simulated-{name}",
+        "--drop-at",
+        row["drop_at"],
+        "--cache",
+        folder / name,
+        "--seed",
+        seed,
+        "--out",
+        top / "filtered.jsonl",
+    ]
     if row["judge"] == "stand-in":
         stage("offline_llm.py", "--exec", sys.executable, *filtering)
     else:
         weak = ["--weak", *args.weak, "--weak-error", args.weak_error] if row["weak"] else []
-        stage(__file__, "--answer", folder / "data/truth.json", "--error", -1 if row["judge"] == "none" else row["judge"], *weak,
-              "--seed", seed, "--exec", sys.executable, *filtering)
+        stage(
+            __file__,
+            "--answer",
+            folder / "data/truth.json",
+            "--error",
+            -1 if row["judge"] == "none" else row["judge"],
+            *weak,
+            "--seed",
+            seed,
+            "--exec",
+            sys.executable,
+            *filtering,
+        )
     flags = [word for flag in args.train_flags for word in ("--" + flag).split("=", 1)]
     n_filled = fill(args, top / "filtered.jsonl", top / "filled.jsonl", seed)
-    stage("05_train.py", "--input", top / "filled.jsonl", "--encoder", args.encoder, "--epochs", args.epochs, "--negatives", NEGATIVES,
-          *flags, "--seed", seed, "--out", top / "model")
+    stage(
+        "05_train.py",
+        "--input",
+        top / "filled.jsonl",
+        "--encoder",
+        args.encoder,
+        "--epochs",
+        args.epochs,
+        "--negatives",
+        NEGATIVES,
+        *flags,
+        "--seed",
+        seed,
+        "--out",
+        top / "model",
+    )
     found = evaluate(args, top / "model", top, top / "cache")
     return row | {"seed": seed, "filled": n_filled, **removal(top / "filtered.jsonl", relevant), **found}
 
 
 def fill(args, source, target, seed):
-    """Bring every record to NEGATIVES with random passages of its language, in place of stage 03; returns how many were drawn."""
+    """Bring every record to NEGATIVES with random passages of its language, in place of stage 03; returns
+    how many were drawn."""
     docids = {}
     n_filled = 0
     with atomic(target) as temporary, open(temporary, "w", encoding="utf-8") as file:
@@ -191,10 +345,20 @@ def fill(args, source, target, seed):
             lang, negatives = record["lang"], record["negative_passages"]
             if len(negatives) < NEGATIVES:
                 if lang not in docids:
-                    docids[lang] = [p for path in corpus_files(args.data, lang) for p in read_passages(path, read_lines(path))]
-                known = {p["docid"] for key in ("positive_passages", "negative_passages", "false_negatives") for p in record[key]}
+                    docids[lang] = [
+                        p
+                        for path in corpus_files(args.data, lang)
+                        for p in read_passages(path, read_lines(path))
+                    ]
+                known = {
+                    p["docid"]
+                    for key in ("positive_passages", "negative_passages", "false_negatives")
+                    for p in record[key]
+                }
                 free = [p for p in docids[lang] if p["docid"] not in known]
-                drawn = random.Random(f"{seed}:{lang}:{record['query_id']}").sample(free, min(len(free), NEGATIVES - len(negatives)))
+                drawn = random.Random(f"{seed}:{lang}:{record['query_id']}").sample(
+                    free, min(len(free), NEGATIVES - len(negatives))
+                )
                 record["negative_passages"] = negatives + [p | {"source": "random"} for p in drawn]
                 n_filled += len(drawn)
             file.write(dump(record))
@@ -203,47 +367,71 @@ def fill(args, source, target, seed):
 
 def evaluate(args, model, top, cache):
     lang = ["--lang", *args.lang] if args.lang else []
-    stage("06_eval.py", "--data", args.data, "--models", model, "--cache", cache, "--out", top / "eval", *lang)
+    stage(
+        "06_eval.py", "--data", args.data, "--models", model, "--cache", cache, "--out", top / "eval", *lang
+    )
     rows = next(iter(json.loads((top / "eval/metrics.json").read_text("utf-8"))["models"].values()))
-    return {"ndcg@10": rows["avg"]["ndcg@10"], "by_lang": {lang: r["ndcg@10"] for lang, r in rows.items() if lang != "avg"}}
+    return {
+        "ndcg@10": rows["avg"]["ndcg@10"],
+        "by_lang": {lang: r["ndcg@10"] for lang, r in rows.items() if lang != "avg"},
+    }
 
 
 def removal(path, relevant):
-    """{candidates, hidden (relevant ones among them), removed, right}: what the filter did to the known false negatives."""
+    """{candidates, hidden (relevant ones among them), removed, right}: what the filter did to the known
+    false negatives."""
     counts = {"candidates": 0, "hidden": 0, "removed": 0, "right": 0}
     for record in read_queries(path):
         known = relevant[record["lang"], record["query_id"]]
         removed = [p["docid"] in known for p in record["false_negatives"]]
         kept = [p["docid"] in known for p in record["negative_passages"]]
-        for key, value in (("candidates", len(removed) + len(kept)), ("hidden", sum(removed) + sum(kept)), ("removed", len(removed)),
-                           ("right", sum(removed))):
+        for key, value in (
+            ("candidates", len(removed) + len(kept)),
+            ("hidden", sum(removed) + sum(kept)),
+            ("removed", len(removed)),
+            ("right", sum(removed)),
+        ):
             counts[key] += value
     return counts
 
 
 # --------------------------------------------------------------------------- summary and figure
 
+
 def summarise(result):
-    """[{judge, drop_at, weak, mean, sd, seeds, gain, p, ...}] over the seeds; gain is over no filter, seed by seed, p of its t-test."""
+    """[{judge, drop_at, weak, mean, sd, seeds, gain, p, ...}] over the seeds; gain is over no filter, seed
+    by seed, p of its t-test."""
     groups = defaultdict(dict)
     for row in result["rows"]:
         groups[row["judge"], row["drop_at"], row["weak"]][row["seed"]] = row
     without, curve = groups.get(("none", 1, False), {}), []
     for (judge, drop_at, weak), rows in groups.items():
         values = np.array([100 * r["ndcg@10"] for r in rows.values()])
-        gains = [round(100 * (r["ndcg@10"] - without[s]["ndcg@10"]), 6) for s, r in rows.items() if s in without]
+        gains = [
+            round(100 * (r["ndcg@10"] - without[s]["ndcg@10"]), 6) for s, r in rows.items() if s in without
+        ]
         total = {k: sum(r[k] for r in rows.values()) for k in ("candidates", "hidden", "removed", "right")}
-        curve.append({"judge": judge, "drop_at": drop_at, "weak": weak, "mean": round(float(values.mean()), 2),
-                      "sd": round(float(values.std(ddof=1)), 2) if len(values) > 1 else None, "seeds": len(values),
-                      "gain": round(float(np.mean(gains)), 2) if gains else None, "p": p_of(gains),
-                      "precision": round(total["right"] / total["removed"], 3) if total["removed"] else None,
-                      "recall": round(total["right"] / total["hidden"], 3) if total["hidden"] else None})
+        curve.append(
+            {
+                "judge": judge,
+                "drop_at": drop_at,
+                "weak": weak,
+                "mean": round(float(values.mean()), 2),
+                "sd": round(float(values.std(ddof=1)), 2) if len(values) > 1 else None,
+                "seeds": len(values),
+                "gain": round(float(np.mean(gains)), 2) if gains else None,
+                "p": p_of(gains),
+                "precision": round(total["right"] / total["removed"], 3) if total["removed"] else None,
+                "recall": round(total["right"] / total["hidden"], 3) if total["hidden"] else None,
+            }
+        )
     return curve
 
 
 def p_of(gains):
     """Two-sided p of the t-test that gains of several seeds are 0 on average; None for fewer than two."""
     from scipy.stats import ttest_1samp
+
     if len(gains) < 2:
         return None
     return float(np.mean(gains) == 0) if np.ptp(gains) == 0 else round(float(ttest_1samp(gains, 0).pvalue), 4)
@@ -251,22 +439,47 @@ def p_of(gains):
 
 def reading(curve):
     """Two sentences: up to which error rate the filter is worth having, and what strictness does."""
-    numbers = {d: sorted((c for c in curve if not isinstance(c["judge"], str) and not c["weak"] and c["drop_at"] in (d, 1 if c["judge"] == 0 else d)
-                          and c["gain"] is not None), key=lambda c: c["judge"]) for d in (1, 2)}
+    numbers = {
+        d: sorted(
+            (
+                c
+                for c in curve
+                if not isinstance(c["judge"], str)
+                and not c["weak"]
+                and c["drop_at"] in (d, 1 if c["judge"] == 0 else d)
+                and c["gain"] is not None
+            ),
+            key=lambda c: c["judge"],
+        )
+        for d in (1, 2)
+    }
     if not numbers[1] or numbers[1][0]["p"] is None:
         return []
     perfect = next((c for c in numbers[1] if c["judge"] == 0), None)
     worse = next((c for c in numbers[1] if c["gain"] < 0 and c["p"] < 0.05), None)
-    first = (f"A perfect judge is worth {perfect['gain']:+.1f} nDCG@10 over no filter (p = {perfect['p']:.2g} over the seeds); " if perfect else "") + (
-        f"from an error rate of {100 * worse['judge']:.0f}% on, filtering at --drop-at 1 is measurably worse than none ({worse['gain']:+.1f})." if worse
-        else f"at no error rate tried, up to {100 * numbers[1][-1]['judge']:.0f}%, is filtering at --drop-at 1 measurably worse than none.")
+    first = (
+        f"A perfect judge is worth {perfect['gain']:+.1f} nDCG@10 over no filter (p = {perfect['p']:.2g} "
+        f"over the seeds); "
+        if perfect
+        else ""
+    ) + (
+        f"from an error rate of {100 * worse['judge']:.0f}% on, filtering at --drop-at 1 is measurably "
+        f"worse than none ({worse['gain']:+.1f})."
+        if worse
+        else f"at no error rate tried, up to {100 * numbers[1][-1]['judge']:.0f}%, is filtering at "
+        f"--drop-at 1 measurably worse than none."
+    )
     pairs = [(a, b) for a in numbers[1] for b in numbers[2] if a["judge"] == b["judge"] != 0]
     if not pairs:
         return [first]
     strict = [f"{100 * a['judge']:.0f}%: {a['mean'] - b['mean']:+.1f}" for a, b in pairs]
     mean = float(np.mean([a["mean"] - b["mean"] for a, b in pairs]))
-    return [first, f"Strict filtering (--drop-at 1 minus --drop-at 2) changes nDCG@10 by {mean:+.1f} on average over the error rates "
-                   f"({', '.join(strict)})."]
+    return [
+        first,
+        f"Strict filtering (--drop-at 1 minus --drop-at 2) changes nDCG@10 by {mean:+.1f} on average over "
+        f"the error rates "
+        f"({', '.join(strict)}).",
+    ]
 
 
 def table(result):
@@ -276,12 +489,27 @@ def table(result):
     weak = f"; {100 * result['settings']['weak_error']:.0f}% in {' '.join(result['settings']['weak'])}"
     for c in result["summary"]:
         name = names.get(c["judge"]) or f"errs in {100 * c['judge']:.0f}%" + weak * c["weak"]
-        cells = [f"{c['mean']:.1f}", *("" if c[key] is None else form.format(c[key]) for key, form in
-                                       (("sd", "{:.1f}"), ("gain", "{:+.1f}"), ("precision", "{:.2f}"), ("recall", "{:.2f}")))]
-        lines.append(f"| {name} | {'' if c['judge'] in ('none', 0) else c['drop_at']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + (f"\n\nPrecision and recall of what is removed, beside the known false negatives; before training: "
-                               f"{100 * result['start']['ndcg@10']:.1f}. {max((c['seeds'] for c in result['summary']), default=0)} seeds, "
-                               f"{result['settings']['epochs']} epochs.")
+        cells = [
+            f"{c['mean']:.1f}",
+            *(
+                "" if c[key] is None else form.format(c[key])
+                for key, form in (
+                    ("sd", "{:.1f}"),
+                    ("gain", "{:+.1f}"),
+                    ("precision", "{:.2f}"),
+                    ("recall", "{:.2f}"),
+                )
+            ),
+        ]
+        lines.append(
+            f"| {name} | {'' if c['judge'] in ('none', 0) else c['drop_at']} | " + " | ".join(cells) + " |"
+        )
+    return "\n".join(lines) + (
+        f"\n\nPrecision and recall of what is removed, beside the known false negatives; before training: "
+        f"{100 * result['start']['ndcg@10']:.1f}. "
+        f"{max((c['seeds'] for c in result['summary']), default=0)} seeds, "
+        f"{result['settings']['epochs']} epochs."
+    )
 
 
 def draw(result, path):
@@ -289,29 +517,67 @@ def draw(result, path):
     import textwrap
 
     import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
     curve = result["summary"]
     pyplot.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}
     figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    looks = {(1, False): ("o-", "0.0"), (2, False): ("s--", "0.45"), (1, True): ("^-", "0.0"), (2, True): ("v--", "0.45")}
+    looks = {
+        (1, False): ("o-", "0.0"),
+        (2, False): ("s--", "0.45"),
+        (1, True): ("^-", "0.0"),
+        (2, True): ("v--", "0.45"),
+    }
     for (drop_at, weak), (style, color) in looks.items():
-        points = sorted((c for c in curve if not isinstance(c["judge"], str) and c["weak"] == weak and c["drop_at"] in
-                         (drop_at, 1 if c["judge"] == 0 and not weak else drop_at)), key=lambda c: c["judge"])
+        points = sorted(
+            (
+                c
+                for c in curve
+                if not isinstance(c["judge"], str)
+                and c["weak"] == weak
+                and c["drop_at"] in (drop_at, 1 if c["judge"] == 0 and not weak else drop_at)
+            ),
+            key=lambda c: c["judge"],
+        )
         if points:
-            label = f"--drop-at {drop_at}" + (f", error {100 * result['settings']['weak_error']:.0f}% in {' '.join(result['settings']['weak'])}"
-                                              if weak else "")
-            axis.errorbar([100 * c["judge"] for c in points], [c["mean"] for c in points], [c["sd"] or 0 for c in points], fmt=style,
-                          color=color, mfc="white" if weak or drop_at == 2 else color, capsize=3, label=label)
-    lines = [(c["mean"], {"none": "no filter", "stand-in": "the offline stand-in judges"}[c["judge"]]) for c in curve if isinstance(c["judge"], str)]
+            label = f"--drop-at {drop_at}" + (
+                f", error {100 * result['settings']['weak_error']:.0f}% in "
+                f"{' '.join(result['settings']['weak'])}"
+                if weak
+                else ""
+            )
+            axis.errorbar(
+                [100 * c["judge"] for c in points],
+                [c["mean"] for c in points],
+                [c["sd"] or 0 for c in points],
+                fmt=style,
+                color=color,
+                mfc="white" if weak or drop_at == 2 else color,
+                capsize=3,
+                label=label,
+            )
+    lines = [
+        (c["mean"], {"none": "no filter", "stand-in": "the offline stand-in judges"}[c["judge"]])
+        for c in curve
+        if isinstance(c["judge"], str)
+    ]
     for (value, label), style in zip(lines, (":", "-.")):
         axis.axhline(value, color="black", linestyle=style, linewidth=1, label=label)
-    axis.plot([], [], " ", label=f"before training: {100 * result['start']['ndcg@10']:.1f}")  # far below: a line would flatten the rest
+    axis.plot(
+        [], [], " ", label=f"before training: {100 * result['start']['ndcg@10']:.1f}"
+    )  # far below: a line would flatten the rest
     n_seeds = max((c["seeds"] for c in curve), default=0)
     axis.set_xlabel("error rate of the simulated judge (%)")
     axis.set_ylabel(f"nDCG@10 (%), average of {len(result['start']['by_lang'])} languages")
     title = result["reading"][0] if result["reading"] else "unfinished"
-    axis.set_title(textwrap.fill(f"{title} (labelled simulation, not a language model; mean and sd of {n_seeds} seeds)", 85), fontsize=10)
+    axis.set_title(
+        textwrap.fill(
+            f"{title} (labelled simulation, not a language model; mean and sd of {n_seeds} seeds)", 85
+        ),
+        fontsize=10,
+    )
     axis.legend(frameon=False, fontsize=9)
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
@@ -327,13 +593,26 @@ def main(argv=None):
             raise DataError(f"--{name} is needed; see --help")
     started, path = time.time(), Path(f"{args.out}.json")
     work = Path(args.work or ROOT / "runs" / path.stem).resolve()
-    args.data, args.encoder, args.truth = (p and str(Path(p).resolve()) if p and Path(p).exists() else p
-                                           for p in (args.data, args.encoder, args.truth))
-    settings = {"data": Path(args.data).name, "encoder": Path(args.encoder).name, "truth": bool(args.truth), "lang": args.lang, "depth": args.depth,
-                "epochs": args.epochs, "train_flags": args.train_flags, "weak": args.weak, "weak_error": args.weak_error}
+    args.data, args.encoder, args.truth = (
+        p and str(Path(p).resolve()) if p and Path(p).exists() else p
+        for p in (args.data, args.encoder, args.truth)
+    )
+    settings = {
+        "data": Path(args.data).name,
+        "encoder": Path(args.encoder).name,
+        "truth": bool(args.truth),
+        "lang": args.lang,
+        "depth": args.depth,
+        "epochs": args.epochs,
+        "train_flags": args.train_flags,
+        "weak": args.weak,
+        "weak_error": args.weak_error,
+    }
     result = json.loads(path.read_text("utf-8")) if path.is_file() else {"settings": settings, "rows": []}
     if result["settings"] != settings:
-        raise DataError(f"{path} was made with other settings ({result['settings']}); give another --out, or remove it")
+        raise DataError(
+            f"{path} was made with other settings ({result['settings']}); give another --out, or remove it"
+        )
 
     def save():
         result["summary"] = summarise(result)
@@ -355,7 +634,9 @@ def main(argv=None):
             made = one_row(args, seed, row, folder, relevant)
             with saving:
                 result["rows"].append(made)
-                result["rows"].sort(key=lambda r: (r["seed"], [*map(str, judges(args))].index(str({k: r[k] for k in row}))))
+                result["rows"].sort(
+                    key=lambda r: (r["seed"], [*map(str, judges(args))].index(str({k: r[k] for k in row})))
+                )
                 save()
             shutil.rmtree(folder / judge_name(row) / str(row["drop_at"]))  # the row is what is kept
             say(dump({k: v for k, v in made.items() if k != "by_lang"}).strip())
@@ -365,9 +646,17 @@ def main(argv=None):
             folder = work / f"seed-{seed}"
             relevant = prepare(args, seed, folder)
             with ThreadPoolExecutor(args.jobs) as pool:
-                list(pool.map(lambda of_judge: do(seed, of_judge, folder, relevant), [list(of) for _, of in groupby(rows, judge_name)]))
+                list(
+                    pool.map(
+                        lambda of_judge: do(seed, of_judge, folder, relevant),
+                        [list(of) for _, of in groupby(rows, judge_name)],
+                    )
+                )
     if len(result["rows"]) < len(args.seeds) * len(judges(args)):
-        say(f"{path}: {len(result['rows'])} of {len(args.seeds) * len(judges(args))} rows are there; start again to go on")
+        say(
+            f"{path}: {len(result['rows'])} of {len(args.seeds) * len(judges(args))} rows are there; start "
+            f"again to go on"
+        )
         return
     save()
     draw(result, Path(f"{args.out}.png"))

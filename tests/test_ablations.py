@@ -1,4 +1,6 @@
-"""bench/ablations.py: what each row trains on, what the table says, and that a killed run goes on to the same result."""
+"""bench/ablations.py: what each row trains on, what the table says, and that a killed run goes on to the
+same result."""
+
 import contextlib
 import json
 import os
@@ -37,25 +39,65 @@ def here(*command):
     """A stage with its own code, but in this process: torch is loaded once, not twenty times."""
     words = [str(word) for word in command]
     at = max(i for i, word in enumerate(words) if word.endswith(".py"))
-    load_stage(Path(words[at]).stem).main(words[at + 1:])
+    load_stage(Path(words[at]).stem).main(words[at + 1 :])
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with data/, encoder/ and run/: stages 01 to 04 on the cut, six candidates and then ten negatives a query."""
+    """A folder with data/, encoder/ and run/: stages 01 to 04 on the cut, six candidates and then ten
+    negatives a query."""
     top = tmp_path_factory.mktemp("ablations")
-    server = subprocess.Popen([sys.executable, ROOT / "offline_llm.py", "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    server = subprocess.Popen(
+        [sys.executable, ROOT / "offline_llm.py", "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OPENAI_BASE_URL", server.stdout.readline().strip())
         patch.setenv("OPENAI_API_KEY", "offline")
         data, encoder, run, cache = top / "data", top / "encoder", top / "run", ["--cache", top / "cache"]
         cut_sample(data, ["sw", "th"])
-        load_stage("sample/make_encoder").main(["--data", str(data), "--out", str(encoder), "--steps", "10", "--width", "64"])
-        ensemble, llm = ["--data", data, "--retrievers", "bm25", encoder, "--fusion", "rrf", *cache], ["--llm", bench.STAND_IN]
+        load_stage("sample/make_encoder").main(
+            ["--data", str(data), "--out", str(encoder), "--steps", "10", "--width", "64"]
+        )
+        ensemble, llm = (
+            ["--data", data, "--retrievers", "bm25", encoder, "--fusion", "rrf", *cache],
+            ["--llm", bench.STAND_IN],
+        )
         here("01_mine_candidates.py", *ensemble, "--depth", DEPTH, "--out", run / "candidates.jsonl")
-        here("02_filter_false_negatives.py", "--input", run / "candidates.jsonl", *llm, *cache, "--out", run / "filtered.jsonl")
-        here("03_generate_negatives.py", "--input", run / "filtered.jsonl", *ensemble, *llm, "--target", N, "--out", run / "augmented.jsonl")
-        here("04_cluster_topics.py", "--input", run / "augmented.jsonl", "--encoder", encoder, "--topics", 3, *cache, "--out", run / "topics.jsonl")
+        here(
+            "02_filter_false_negatives.py",
+            "--input",
+            run / "candidates.jsonl",
+            *llm,
+            *cache,
+            "--out",
+            run / "filtered.jsonl",
+        )
+        here(
+            "03_generate_negatives.py",
+            "--input",
+            run / "filtered.jsonl",
+            *ensemble,
+            *llm,
+            "--target",
+            N,
+            "--out",
+            run / "augmented.jsonl",
+        )
+        here(
+            "04_cluster_topics.py",
+            "--input",
+            run / "augmented.jsonl",
+            "--encoder",
+            encoder,
+            "--topics",
+            3,
+            *cache,
+            "--out",
+            run / "topics.jsonl",
+        )
         yield top
     server.send_signal(signal.SIGTERM)
     server.wait(timeout=10)
@@ -63,9 +105,32 @@ def made(tmp_path_factory):
 
 
 def command(top, work, *more):
-    return [str(word) for word in ("--data", top / "data", "--run", top / "run", "--encoder", top / "encoder", "--target", N, "--epochs", 1,
-                                   "--train-flags", "--lr 1e-3 --temperature 0.05 --batch-size 4", "--cache", top / "cache", "--jobs", 1,
-                                   "--work", work, "--out", work / "result.json", *more)]
+    return [
+        str(word)
+        for word in (
+            "--data",
+            top / "data",
+            "--run",
+            top / "run",
+            "--encoder",
+            top / "encoder",
+            "--target",
+            N,
+            "--epochs",
+            1,
+            "--train-flags",
+            "--lr 1e-3 --temperature 0.05 --batch-size 4",
+            "--cache",
+            top / "cache",
+            "--jobs",
+            1,
+            "--work",
+            work,
+            "--out",
+            work / "result.json",
+            *more,
+        )
+    ]
 
 
 def parsed(top, work, *more):
@@ -75,6 +140,7 @@ def parsed(top, work, *more):
 
 
 # ---- what the rows train on
+
 
 @pytest.fixture(scope="module")
 def inputs(made):
@@ -93,34 +159,60 @@ def test_every_row_trains_the_same_queries_with_the_runs_topics(made, inputs):
         assert [(r["lang"], r["query_id"], r["query"], r["topic"]) for r in records] == topics, name
         for record in records:
             negatives = docids(record["negative_passages"])
-            assert len(negatives) == len(set(negatives)) > 0 and not set(negatives) & set(docids(record["positive_passages"]))
+            assert len(negatives) == len(set(negatives)) > 0 and not set(negatives) & set(
+                docids(record["positive_passages"])
+            )
 
 
 def test_mined_negatives_follow_their_strategy(made, inputs):
     encoder = Encoder(str(made / "encoder"), "cpu")
 
     def cosine(record, passages):
-        return encoder.encode([record["query"]], "query")[0] @ encoder.encode([passage_text(p) for p in passages], "passage").T
+        return (
+            encoder.encode([record["query"]], "query")[0]
+            @ encoder.encode([passage_text(p) for p in passages], "passage").T
+        )
+
     for i, candidates in enumerate(read(made / "run/candidates.jsonl")):
         of = {name: inputs[name][i] for name in ("topk", "shifted", "abs", "margin", "percent")}
-        assert all("false_negatives" not in record and {p["source"] for p in record["negative_passages"]} == {"mined"} for record in of.values())
+        assert all(
+            "false_negatives" not in record
+            and {p["source"] for p in record["negative_passages"]} == {"mined"}
+            for record in of.values()
+        )
         top, shifted = of["topk"]["negative_passages"], of["shifted"]["negative_passages"]
-        assert docids(top)[:DEPTH] == docids(candidates["candidate_passages"]) and len(top) == len(shifted) == N
-        assert not set(docids(top)) & set(docids(shifted)) and max(p["score"] for p in shifted) <= min(p["score"] for p in top)
+        assert (
+            docids(top)[:DEPTH] == docids(candidates["candidate_passages"]) and len(top) == len(shifted) == N
+        )
+        assert not set(docids(top)) & set(docids(shifted)) and max(p["score"] for p in shifted) <= min(
+            p["score"] for p in top
+        )
         positive = cosine(candidates, candidates["positive_passages"]).min()
-        for name, limit in (("abs", 0.6), ("margin", positive - 0.15), ("percent", positive - 0.1 * abs(positive))):
+        for name, limit in (
+            ("abs", 0.6),
+            ("margin", positive - 0.15),
+            ("percent", positive - 0.1 * abs(positive)),
+        ):
             assert cosine(candidates, of[name]["negative_passages"]).max() < limit + 1e-3, name
 
 
-def test_limits_of_strategies_are_of_the_mean_cosine_whatever_the_number_of_retrievers(made, inputs, tmp_path, monkeypatch):
+def test_limits_of_strategies_are_of_the_mean_cosine_whatever_the_number_of_retrievers(
+    made, inputs, tmp_path, monkeypatch
+):
     shutil.copytree(made / "encoder", tmp_path / "twin")
     monkeypatch.setattr(bench, "stage", here)
     monkeypatch.setattr(bench, "NEGATIVES", 1)
-    bench.make_inputs(parsed(made, tmp_path, "--retrievers", "bm25", made / "encoder", tmp_path / "twin"), ["margin"])
-    assert [docids(r["negative_passages"]) for r in read(tmp_path / "margin.jsonl")] == [docids(r["negative_passages"]) for r in inputs["margin"]]
+    bench.make_inputs(
+        parsed(made, tmp_path, "--retrievers", "bm25", made / "encoder", tmp_path / "twin"), ["margin"]
+    )
+    assert [docids(r["negative_passages"]) for r in read(tmp_path / "margin.jsonl")] == [
+        docids(r["negative_passages"]) for r in inputs["margin"]
+    ]
 
 
-def test_false_negatives_that_the_data_knows_are_not_masked_for_mined_negatives(made, inputs, tmp_path, monkeypatch):
+def test_false_negatives_that_the_data_knows_are_not_masked_for_mined_negatives(
+    made, inputs, tmp_path, monkeypatch
+):
     shutil.copytree(made / "data", tmp_path / "data")
     records = read(tmp_path / "data/train.jsonl")
     records[0]["false_negatives"] = inputs["topk"][0]["negative_passages"][:1]
@@ -157,7 +249,9 @@ def test_rows_of_n_have_exactly_n_negatives_the_filtered_first(inputs, name):
     n = int(name[1:])
     for record, filtered in zip(inputs[name], inputs["filtered"], strict=True):
         negatives = docids(record["negative_passages"])
-        assert len(negatives) == n and negatives[:len(filtered["negative_passages"])] == docids(filtered["negative_passages"])
+        assert len(negatives) == n and negatives[: len(filtered["negative_passages"])] == docids(
+            filtered["negative_passages"]
+        )
         assert not set(negatives) & set(docids(record["false_negatives"]))
 
 
@@ -165,8 +259,14 @@ def test_without_stage_1_peoples_negatives_come_first_and_nothing_is_mined(made,
     kept = 0
     for record, given in zip(inputs["labelled"], read(made / "data/train.jsonl"), strict=True):
         human = docids(given["negative_passages"])
-        assert docids(record["negative_passages"])[:len(human)] == human[:N] and len(record["negative_passages"]) == N
-        assert {p["source"] for p in record["negative_passages"][len(human):]} <= {"generated-query", "random"}
+        assert (
+            docids(record["negative_passages"])[: len(human)] == human[:N]
+            and len(record["negative_passages"]) == N
+        )
+        assert {p["source"] for p in record["negative_passages"][len(human) :]} <= {
+            "generated-query",
+            "random",
+        }
         kept += len(human)
     assert kept > 0
 
@@ -179,7 +279,12 @@ def test_without_pdbg_what_is_short_is_written(inputs):
 
 def test_without_reference_neither_candidates_nor_new_passages_are_judged_with_one(made, inputs):
     for name in ("filtered", "made"):
-        assert json.loads((made / f"inputs/noreference.{name}.jsonl.meta.json").read_text("utf-8"))["arguments"]["no_reference"] is True
+        assert (
+            json.loads((made / f"inputs/noreference.{name}.jsonl.meta.json").read_text("utf-8"))["arguments"][
+                "no_reference"
+            ]
+            is True
+        )
     assert all(len(record["negative_passages"]) == N for record in inputs["noreference"])
 
 
@@ -190,7 +295,9 @@ def test_a_stage_that_asks_a_model_is_served_the_stand_in(made, inputs, tmp_path
 
 
 def test_a_stage_that_fails_ends_the_whole_with_its_own_words():
-    with pytest.raises(DataError, match="05_train.py --no-such-flag ended with 2: .*the following arguments are required"):
+    with pytest.raises(
+        DataError, match="05_train.py --no-such-flag ended with 2: .*the following arguments are required"
+    ):
         bench.stage(ROOT / "05_train.py", "--no-such-flag")
 
 
@@ -209,10 +316,15 @@ def test_a_file_of_the_run_that_changed_is_read_again_whatever_its_date(made, tm
 
 # ---- a killed run, and one in parts
 
+
 def start_and_kill(arguments, begun):
     """Start the script and kill it with all its stages as soon as begun() holds."""
-    process = subprocess.Popen([sys.executable, ROOT / "bench/ablations.py", *arguments], start_new_session=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "bench/ablations.py", *arguments],
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         until = time.time() + 300
         while not begun():
@@ -232,20 +344,28 @@ def test_a_killed_run_goes_on_to_the_result_of_an_undisturbed_one(made, tmp_path
     work = tmp_path / "killed"
     rows = ["--seeds", 13, "--rows", *TWO]
     first, second = (work / f"scores/{name.replace(' ', '-')}.13.json" for name in TWO)
-    start_and_kill(command(made, work, *rows), (work / "row-1-13/model.checkpoint/run.json").exists)  # the second row is training
+    start_and_kill(
+        command(made, work, *rows), (work / "row-1-13/model.checkpoint/run.json").exists
+    )  # the second row is training
     assert first.is_file() and not second.exists()
     before = first.stat()
     done = run_stage("bench/ablations.py", *command(made, work, *rows))
     assert done.returncode == 0, done.stderr
     assert (first.stat().st_mtime_ns, first.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
-    assert sorted(p.name for p in (work / "scores").iterdir()) == ["full-method.13.json", "naive-top-k.13.json", "settings.json"]
+    assert sorted(p.name for p in (work / "scores").iterdir()) == [
+        "full-method.13.json",
+        "naive-top-k.13.json",
+        "settings.json",
+    ]
     assert not list(work.glob("row-*"))
 
     monkeypatch.setattr(bench, "stage", here)
     bench.main(command(made, tmp_path / "whole", *rows))
     for path in (first, second):
         assert values(path) == values(tmp_path / "whole/scores" / path.name)
-    results = [json.loads((folder / "result.json").read_text("utf-8")) for folder in (work, tmp_path / "whole")]
+    results = [
+        json.loads((folder / "result.json").read_text("utf-8")) for folder in (work, tmp_path / "whole")
+    ]
     assert results[0].pop("hours") >= 0 and results[1].pop("hours") >= 0
     assert results[0] == results[1] and [row["name"] for row in results[0]["ablations"]] == TWO
     assert results[0]["queries"] == 8 and results[0]["langs"] == ["sw", "th"]
@@ -259,7 +379,10 @@ def invented(made, monkeypatch):
 
     def one_run(args, name, seed):
         asked.append((name, seed))
-        write(bench.score_path(args, name, seed), scores(sw=[0.5 + seed / 100, 0.6], th=[0.4 + len(name) / 100]))
+        write(
+            bench.score_path(args, name, seed), scores(sw=[0.5 + seed / 100, 0.6], th=[0.4 + len(name) / 100])
+        )
+
     monkeypatch.setattr(bench, "one_run", one_run)
     monkeypatch.setattr(bench, "make_inputs", lambda args, names: asked.append(tuple(names)))
     return asked
@@ -267,8 +390,16 @@ def invented(made, monkeypatch):
 
 def scores(**langs):
     """A file of WORK/scores: the nDCG@10 of the queries of each language."""
-    return json.dumps({"values": {lang: {f"{lang}{i}": {"ndcg@10": x, "recall@100": 1.0} for i, x in enumerate(of_lang)}
-                                  for lang, of_lang in langs.items()}, "train_queries": 12, "seconds": 90})
+    return json.dumps(
+        {
+            "values": {
+                lang: {f"{lang}{i}": {"ndcg@10": x, "recall@100": 1.0} for i, x in enumerate(of_lang)}
+                for lang, of_lang in langs.items()
+            },
+            "train_queries": 12,
+            "seconds": 90,
+        }
+    )
 
 
 def test_rows_run_in_parts_and_none_twice(made, tmp_path, invented):
@@ -276,12 +407,22 @@ def test_rows_run_in_parts_and_none_twice(made, tmp_path, invented):
     assert invented == [("augmented",), ("full method", 1), ("full method", 2)]
     invented.clear()
     bench.main(command(made, tmp_path, "--seeds", 1, 2, "--rows", *TWO, "batch of 8"))
-    assert invented == [("topk", "augmented"), ("naive top-k", 1), ("batch of 8", 1), ("naive top-k", 2), ("batch of 8", 2)]
+    assert invented == [
+        ("topk", "augmented"),
+        ("naive top-k", 1),
+        ("batch of 8", 1),
+        ("naive top-k", 2),
+        ("batch of 8", 2),
+    ]
     invented.clear()
     bench.main(command(made, tmp_path, "--seeds", 1, 2, "--rows", "no weights", "--minutes", 0))
     assert invented == [("augmented",)]
     result = json.loads((tmp_path / "result.json").read_text("utf-8"))
-    assert [(row["name"], row["seeds"]) for row in result["ablations"]] == [("full method", 2), ("naive top-k", 2), ("batch of 8", 2)]
+    assert [(row["name"], row["seeds"]) for row in result["ablations"]] == [
+        ("full method", 2),
+        ("naive top-k", 2),
+        ("batch of 8", 2),
+    ]
 
 
 def test_no_minutes_and_no_scores_make_no_table(made, tmp_path, invented, capsys):
@@ -292,26 +433,51 @@ def test_no_minutes_and_no_scores_make_no_table(made, tmp_path, invented, capsys
 
 def test_scores_of_other_settings_are_refused_in_one_line(made, tmp_path, invented):
     bench.main(command(made, tmp_path, "--seeds", 1, "--rows", "full method"))
-    for other in (["--epochs", 2], ["--train-flags=--lr 1e-4"], ["--target", 11], ["--lang", "sw"], ["--fusion", "concat"]):
+    for other in (
+        ["--epochs", 2],
+        ["--train-flags=--lr 1e-4"],
+        ["--target", 11],
+        ["--lang", "sw"],
+        ["--fusion", "concat"],
+    ):
         done = run_stage("bench/ablations.py", *command(made, tmp_path, "--minutes", 0, *other))
-        assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1 and "other settings" in done.stderr, other
+        assert (
+            done.returncode == 2
+            and done.stdout == ""
+            and len(done.stderr.splitlines()) == 1
+            and "other settings" in done.stderr
+        ), other
 
 
 def test_a_run_without_topics_is_refused_in_one_line(made, tmp_path):
     done = run_stage("bench/ablations.py", *command(made, tmp_path, "--run", tmp_path / "nothing"))
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "04_cluster_topics.py" in done.stderr
+    assert (
+        done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "04_cluster_topics.py" in done.stderr
+    )
 
 
 # ---- the summary
 
+
 @pytest.fixture
 def summary(tmp_path):
     """Four rows on two Swahili queries and a Thai one."""
-    rows = {"full method": {1: ([0.6, 0.8], [0.5]), 2: ([0.8, 0.8], [0.7])},   # seed 1: (0.7 + 0.5) / 2 = 0.6, seed 2: (0.8 + 0.7) / 2 = 0.75
-            "naive top-k": {1: ([0.4, 0.8], [0.3]), 2: ([0.4, 0.6], [0.5])},   # 0.45 and 0.5; by query 0.3, 0.1, 0.2 under the full method
-            "no stage 2": {1: ([0.3, 0.6], [0.25]), 2: ([0.5, 0.6], [0.45])},  # 0.35 and 0.5; by query 0.3, 0.2, 0.25 under it
-            "no topic balance": {1: ([0.1, 0.1], [0.1])},
-            "no weights": {1: ([0.6, 0.8], [0.5]), 3: ([0.6, 0.8], [0.5])}}
+    rows = {
+        "full method": {
+            1: ([0.6, 0.8], [0.5]),
+            2: ([0.8, 0.8], [0.7]),
+        },  # seed 1: (0.7 + 0.5) / 2 = 0.6, seed 2: (0.8 + 0.7) / 2 = 0.75
+        "naive top-k": {
+            1: ([0.4, 0.8], [0.3]),
+            2: ([0.4, 0.6], [0.5]),
+        },  # 0.45 and 0.5; by query 0.3, 0.1, 0.2 under the full method
+        "no stage 2": {
+            1: ([0.3, 0.6], [0.25]),
+            2: ([0.5, 0.6], [0.45]),
+        },  # 0.35 and 0.5; by query 0.3, 0.2, 0.25 under it
+        "no topic balance": {1: ([0.1, 0.1], [0.1])},
+        "no weights": {1: ([0.6, 0.8], [0.5]), 3: ([0.6, 0.8], [0.5])},
+    }
     args = SimpleNamespace(work=tmp_path, seeds=[1, 2, 3], jobs=2)
     for name, of_row in rows.items():
         for seed, (sw, th) in of_row.items():
@@ -321,30 +487,68 @@ def summary(tmp_path):
 
 def test_mean_deviation_difference_and_p_are_those_of_a_calculation_by_hand(summary):
     full, naive, no_stage_2, *_ = summary["ablations"]
-    assert (full["ndcg@10"], full["sd"], full["diff"], full["p"], full["paper_diff"]) == (67.5, 10.61, None, None, None)
-    assert (naive["ndcg@10"], naive["sd"], naive["diff"], naive["paper"], naive["paper_diff"]) == (47.5, 3.54, -20.0, 67.6, -3.0)
-    assert full["by_lang"] == {"sw": 75.0, "th": 60.0} and naive["by_lang"] == {"sw": 55.0, "th": 40.0} and full["recall@100"] == 100
+    assert (full["ndcg@10"], full["sd"], full["diff"], full["p"], full["paper_diff"]) == (
+        67.5,
+        10.61,
+        None,
+        None,
+        None,
+    )
+    assert (naive["ndcg@10"], naive["sd"], naive["diff"], naive["paper"], naive["paper_diff"]) == (
+        47.5,
+        3.54,
+        -20.0,
+        67.6,
+        -3.0,
+    )
+    assert (
+        full["by_lang"] == {"sw": 75.0, "th": 60.0}
+        and naive["by_lang"] == {"sw": 55.0, "th": 40.0}
+        and full["recall@100"] == 100
+    )
     by_query = [0.7, 0.8, 0.6]  # of the full method, seeds averaged
-    assert naive["p"] == pytest.approx(ttest_rel([0.4, 0.7, 0.4], by_query).pvalue, rel=0.005) == pytest.approx(0.0742, rel=0.005)
-    assert no_stage_2["p"] == pytest.approx(ttest_rel([0.4, 0.6, 0.35], by_query).pvalue, rel=0.005) == pytest.approx(0.0131, rel=0.005)
-    assert summary["queries"] == 3 and summary["runs"] == 9 and summary["hours"] == round(9 * 90 / 3600 / 2, 2)
+    assert (
+        naive["p"]
+        == pytest.approx(ttest_rel([0.4, 0.7, 0.4], by_query).pvalue, rel=0.005)
+        == pytest.approx(0.0742, rel=0.005)
+    )
+    assert (
+        no_stage_2["p"]
+        == pytest.approx(ttest_rel([0.4, 0.6, 0.35], by_query).pvalue, rel=0.005)
+        == pytest.approx(0.0131, rel=0.005)
+    )
+    assert (
+        summary["queries"] == 3 and summary["runs"] == 9 and summary["hours"] == round(9 * 90 / 3600 / 2, 2)
+    )
 
 
 def test_a_row_with_other_seeds_than_the_full_method_is_not_compared(summary):
     fewer, others = summary["ablations"][3:]
-    assert [fewer[k] for k in ("name", "seeds", "ndcg@10", "sd", "diff", "p")] == ["no topic balance", 1, 10.0, None, None, None]
+    assert [fewer[k] for k in ("name", "seeds", "ndcg@10", "sd", "diff", "p")] == [
+        "no topic balance",
+        1,
+        10.0,
+        None,
+        None,
+        None,
+    ]
     assert (others["name"], others["seeds"], others["diff"], others["p"]) == ("no weights", 2, None, None)
 
 
 def test_the_table_marks_what_is_significant_and_shows_the_papers_difference(summary):
     lines = bench.table(summary).splitlines()
     assert lines[0] == "| | nDCG@10 | sd | to full | p | paper, to full | R@100 | sw | th |"
-    assert lines[2:7] == ["| full method | 67.5 | 10.6 |  |  |  | 100.0 | 75.0 | 60.0 |",
-                          "| *Table 2* |" + " |" * 8,
-                          "| naive top-k | 47.5 | 3.5 | -20.0 | 0.074 | -3.0 | 100.0 | 55.0 | 40.0 |",
-                          "| *Tables 3, 5, 6* |" + " |" * 8,
-                          "| no stage 2 | 42.5 | 10.6 | **-25.0** | 0.013 | -2.1 | 100.0 | 50.0 | 35.0 |"]
+    assert lines[2:7] == [
+        "| full method | 67.5 | 10.6 |  |  |  | 100.0 | 75.0 | 60.0 |",
+        "| *Table 2* |" + " |" * 8,
+        "| naive top-k | 47.5 | 3.5 | -20.0 | 0.074 | -3.0 | 100.0 | 55.0 | 40.0 |",
+        "| *Tables 3, 5, 6* |" + " |" * 8,
+        "| no stage 2 | 42.5 | 10.6 | **-25.0** | 0.013 | -2.1 | 100.0 | 50.0 | 35.0 |",
+    ]
     assert lines[-1].startswith("3 dev queries, 2 seeds, 2 epochs; bold: p < 0.05.")
-    assert lines[-3] == ("Significantly below the full method: no stage 2 (-25.0). Significantly above the full method: none. The other 1 rows "
-                         "cannot be told from it on these data (differences up to 20.0 points).")
+    assert lines[-3] == (
+        "Significantly below the full method: no stage 2 (-25.0). Significantly above the full method: "
+        "none. The other 1 rows "
+        "cannot be told from it on these data (differences up to 20.0 points)."
+    )
     assert all(line.count("|") == 10 for line in lines[:-4])

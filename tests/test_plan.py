@@ -488,7 +488,9 @@ def test_gpus_start_mining_and_training_under_torchrun(copy):
         and "torchrun" not in str(one)
     )
     spread = ".venv/bin/torchrun --nproc-per-node 8 --standalone"
-    assert eight == one | {script: (spread, one[script][1]) for script in ("01_mine_candidates.py", "05_train.py")}
+    assert eight == one | {
+        script: (spread, one[script][1]) for script in ("01_mine_candidates.py", "05_train.py")
+    }
 
 
 @pytest.mark.parametrize("gpus", ["0", "-8", "", "all"])

@@ -21,9 +21,9 @@ NEEDS = {
     "hours": "hour",
 }  # a mark, and the word that the text must say
 
-# What may have a digit outside of what is generated: names, flags with values, places in the paper; no result.
-CODE = r"""--[a-z].* | .*\ --[a-z].* | make\ .* | [\w/.-]*\.(py|jsonl?|png)(\ [a-z]+)? | bm25 | OMP_NUM_THREADS=1 |
-           OPENAI_\w+"""
+# What may have a digit and is not generated: names, flags with values, places in the paper; no result.
+CODE = r"""--[a-z].* | .*\ --[a-z].* | make\ .* | [\w/.-]*\.(py|jsonl?|png)(\ [a-z]+)? | bm25 |
+           OMP_NUM_THREADS=1 | OPENAI_\w+"""
 ALLOWED = [
     r"\]\([^)\n]*\)",
     r"<https?://\S+>",  # where a link goes

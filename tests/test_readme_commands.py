@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from test_readme import BLOCK, README, shown_records
+from test_readme import BLOCK, README, shown_record
 
 LANGS = "sw te id ar zh".split()  # those of the README's command on mini-MIRACL
 
@@ -87,6 +87,8 @@ def project(tmp_path_factory):
         "Makefile",
         "requirements.txt",
         "README.md",
+        "RESULTS.md",
+        "paper.json",
         *(p.name for p in ROOT.glob("*.py")),
         "sample/make_encoder.py",
         "sample/stand_in.py",
@@ -136,7 +138,7 @@ def test_all_commands_without_a_mark_run(ran, project):
         "runs/sample/eval/report.md",
         "runs/minimiracl/eval/metrics.json",
         "model/model.safetensors",
-        "model.flagembedding/sw.jsonl",
+        "exported/sw.jsonl",
         "runs/hosted/batch.jsonl",
         "runs/two/candidates.jsonl",
         "runs/two/model/model.safetensors",
@@ -145,38 +147,30 @@ def test_all_commands_without_a_mark_run(ran, project):
     assert "make all" in ran and "model - sample:" in ran  # of make help, and of the evaluation
 
 
-def test_shown_records_have_the_fields_that_the_stages_write(ran, project):
-    for stage, line in shown_records().items():
-        shown, made = json.loads(line), json.loads(lines(project / f"runs/sample/{stage}.jsonl")[0])
-        assert list(shown) == list(made)
-        for name in ("positive_passages", "candidate_passages"):
-            assert [list(p) for p in shown.get(name, [])] == [list(p) for p in made.get(name, [])[:1]]
+def test_the_shown_record_has_the_fields_that_the_stages_write(ran, project):
+    shown = json.loads(shown_record())
+    made = json.loads(lines(project / "runs/sample/topics.jsonl")[0])
+    assert list(shown) == list(made)
+    assert [list(p) for p in shown["positive_passages"]] == [list(p) for p in made["positive_passages"][:1]]
 
 
-def test_a_collected_run_is_shown_in_the_readme(ran, project):
+def test_a_collected_run_is_shown_in_the_readme_and_in_the_results(ran, project, shell):
+    shell(".venv/bin/python", "bench/results.py", "--collect", "runs/sample", "sample")
     metrics = json.loads((project / "runs/sample/eval/metrics.json").read_text("utf-8"))
     result = json.loads((project / "results/sample.json").read_text("utf-8"))
     assert {key: result[key] for key in metrics} == metrics
-    assert set(result["stages"]) == {p.name for p in ROOT.glob("0*.py")} - {
-        "02a_check_judge.py",
-        "03a_tune_generator.py",
-    }
-    assert (
-        result["sizes"]["train_queries"] == 30
-        and result["sizes"]["llm_calls"] > 0
-        and result["made"]["date"].startswith("20")
-    )
-    shown = (project / "README.md").read_text("utf-8")
+    optional = {"02a_check_judge.py", "03a_tune_generator.py", "05a_export.py"}
+    assert set(result["stages"]) == {p.name for p in ROOT.glob("0*.py")} - optional
+    assert result["sizes"]["train_queries"] == 30 and result["sizes"]["llm_calls"] > 0
+    assert result["made"]["date"].startswith("20")
     score = f"| model | **{100 * metrics['models']['model']['avg']['ndcg@10']:.1f}** |"
-    assert (
-        score in re.search(r"<!-- table sample -->\n.*?<!-- end -->", shown, re.S)[0]
-        and "30<!-- / --> training queries" in shown
-    )
+    readme = (project / "README.md").read_text("utf-8")
+    assert score in re.search(r"<!-- table scores sample -->\n.*?<!-- end -->", readme, re.S)[0]
+    assert score in (project / "RESULTS.md").read_text("utf-8")
     assert "scores" in result["figures"]
     for name in result["figures"]:
-        assert (project / f"results/figures/sample-{name}.png").read_bytes() == (
-            project / f"runs/sample/eval/figures/{name}.png"
-        ).read_bytes()
+        drawn = (project / f"runs/sample/eval/figures/{name}.png").read_bytes()
+        assert (project / f"results/figures/sample-{name}.png").read_bytes() == drawn
 
 
 def test_the_python_of_the_readme_runs(ran, shell):

@@ -424,6 +424,9 @@ def test_a_model_of_inner_products_is_trained_and_validated_by_cosines(made):
     """As mDPR and mContriever are, whose vectors are not of unit length: the trained model's are."""
     shutil.copytree(made / "encoder", made / "inner")
     sentence_transformers_files(made / "inner", "mean", normalise=False)
+    config = made / "inner/config_sentence_transformers.json"
+    settings = json.loads(config.read_text("utf-8")) if config.exists() else {}
+    config.write_text(json.dumps(settings | {"similarity_fn_name": "dot"}), "utf-8")
     for out, encoder in (("cosines", "encoder"), ("products", "inner")):
         stage.main(arguments(made, out, "--max-steps", 3, encoder=encoder))
     assert log_of(made, "products") == log_of(made, "cosines")

@@ -3,41 +3,37 @@
 Source  Sec. 3.5. A batch holds one language and as many topics as that has, both drawn uniformly. Its loss is
         the mean of w(q) L(q), L(q) = -log( exp(s(q,d+)/t) / sum_d exp(s(q,d)/t) ): s cosine, t temperature,
         d+ a positive of query q, d also its hard negatives and the other passages of the batch.
-        w(q) = alpha g(language) + beta g(topic); the paper has no formula ("based on the portion of each
-        category"). Here g = p^-1/2, p the share of the training queries, at 1/2 to 2 times its median over
-        the queries drawn, scaled to mean 1 over them: w averages alpha + beta = 0.85, as in the best row of
-        Table 9, and is at most 4 times its median. A topic is its number, whatever the language.
+        w(q) = alpha g(language) + beta g(topic); the paper has no formula for g. Here g = p^-1/2, p the share
+        of the training queries, at 1/2 to 2 times its median over the queries drawn, with mean 1 over them:
+        w averages alpha + beta = 0.85, the best row of Table 9, and is at most 4 times its median.
 Reads   topics.jsonl of stage 04, or Tevatron's layout with lang and topic (without topic: --topic-power 1)
 Writes  OUT/ a sentence-transformers folder with card and train_log.jsonl; OUT.checkpoint/ until it is done
-Usage   python 05_train.py --input runs/sample/topics.jsonl --encoder models/sample --out runs/sample/model
-        torchrun --nproc-per-node 8 05_train.py ...    the processes share each batch and all its passages
+Usage   [torchrun --nproc-per-node 8] 05_train.py --input topics.jsonl --encoder BAAI/bge-m3 --out model
 Cost    sample, two cores: under a minute. A killed run goes on where it stopped, to the same weights
 """
 import ctypes
 import json
 import math
-import os
 import random
 import shutil
 import sys
 import time
 from collections import Counter, defaultdict
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from common import (DataError, Output, Parser, atomic, atomic_folder, dump, normalise, parse_query,
                     positive_float, positive_int, progress, read_lines, run, say, share)
 from encoder import encoder_flags, from_flags
+from search import gather, world
 
 DEV_QUERIES = 100  # held-out queries a language that validation reads, whose passages they search
-FALL = 0.05        # MRR@10 below a language's best epoch that is worth a warning
 TIE = 1e-6         # scores this close are equal
 DRAWS = 1000       # batches, or an epoch if that is more, over which the weights average
-RANK = int(os.environ.get("RANK", "0"))         # torchrun's: this process ...
-WORLD = int(os.environ.get("WORLD_SIZE", "1"))  # ... of so many
+RANK, WORLD = world()  # this process, of so many, under torchrun
 
 
 def build_parser():
@@ -52,25 +48,18 @@ def build_parser():
     flag("--no-in-batch", action="store_true", help="own negatives only, not the batch's other passages")
     flag("--lr", type=positive_float, default=2e-6, help="highest learning rate (Sec. 4.1: mBERT, mDPR 3e-6)")
     flag("--warmup", type=share, default=0.1, help="share of the steps in which it rises; then it falls to 0")
-    flag("--clip", type=positive_float, metavar="NORM",
-         help="clip gradients; undoes a language's weight, since a batch holds one language; default: off")
+    flag("--clip", type=positive_float, metavar="NORM", help="clip gradients; undoes a language's weight")
     flag("--temperature", type=positive_float, help="t; default: 0.01 for E5, else 0.02, as their makers")
     flag("--alpha", type=positive_float, default=0.45, help="mean weight of the language (Table 9)")
     flag("--beta", type=positive_float, default=0.40, help="mean weight of the topic (Table 9)")
-    flag("--weighting", choices=["inverse", "proportional", "uniform", "none"], default="inverse",
-         help="g: p^-1/2, bounded as said above; p^1/2, bounded; 1; none: w(q) = 1")
-    flag("--weight-on", choices=["loss", "negatives"], default="loss",
-         help="multiply the query's loss by w(q), or its negatives' terms in the sum (Sec. 3.5 says both)")
-    flag("--language-power", type=share, default=0.0, metavar="P",
-         help="a language is drawn by its share to the power P: 0 uniform (Sec. 3.5), 1 as the data is")
+    flag("--weighting", choices=["inverse", "none"], default="inverse", help="w(q) as said above, or 1")
+    flag("--weight-on", choices=["loss", "negatives"], default="loss", help="what w(q) multiplies (Sec. 3.5)")
+    flag("--language-power", type=share, default=0.0, metavar="P", help="draw by share^P (Sec. 3.5: 0)")
     flag("--topic-power", type=share, default=0.0, metavar="P", help="the same for the topics in a batch")
     flag("--mixed", action="store_true", help="batches of all languages, as they come (Table 7)")
     flag("--short-batch", choices=["reuse", "shrink"], default="reuse",
-         help="a topic that runs out in mid-batch gives used queries, but none twice a batch; or none, and "
-              "the loss of a batch that stays short is scaled by its size")
-    flag("--chunk-tokens", type=positive_int, metavar="T",
-         help="cache gradients: T tokens in memory at a time; the same gradients, a third more time")
-    flag("--gradient-checkpointing", action="store_true", help="keep fewer activations; a third more time")
+         help="a topic that runs out gives used queries, none twice a batch; or a smaller batch and loss")
+    flag("--chunk-tokens", type=positive_int, metavar="T", help="cache gradients: T tokens in memory at once")
     flag("--dev-share", type=share, default=0.1, help="share of each language held out (Sec. 4.1)")
     flag("--patience", type=positive_int, metavar="E", help="stop when E epochs brought no better dev score")
     flag("--log-batches", metavar="FILE", help="write batches: step, lang, query_ids, topics, langs")
@@ -84,8 +73,7 @@ def whole(text):
     return 0 if text == "0" else positive_int(text)
 
 
-@dataclass(slots=True, eq=False)
-class Query:
+class Query(NamedTuple):
     """What batches are made from, some 300 bytes; its texts are read when a batch holds it."""
     lang: str
     query_id: str
@@ -98,9 +86,10 @@ def read_index(args):
     """The Query of each record of the input."""
     if args.input.endswith(".gz"):
         raise DataError(f"{args.input}: records are read by offset, which gzip does not allow; gunzip it")
-    queries, seen, end = [], set(), 0
+    queries, offset = {}, 0
     for number, line in read_lines(args.input, blank=True):
-        end += len(line)
+        start = offset
+        offset += len(line)
         record = parse_query(args.input, number, line, args.lang) if line.strip() else None
         if record is None or args.lang and record["lang"] not in args.lang:
             continue
@@ -108,20 +97,19 @@ def read_index(args):
         topic = record.get("topic", 0 if args.topic_power == 1 else None)
         n_negatives = len(record.get("negative_passages", []))
         where = f"{args.input}:{number}: query {key[1]!r} ({key[0]})"
-        if key in seen:
+        if key in queries:
             raise DataError(f"{where} is there twice; drop one")
         if n_negatives < args.negatives:
-            raise DataError(f"{where} has {n_negatives} negatives, --negatives wants {args.negatives}; bring "
-                            "all to N with 03_generate_negatives.py, or lower --negatives")
+            raise DataError(f"{where} has {n_negatives} negatives, --negatives wants {args.negatives}; lower "
+                            "it, or bring all to N with 03_generate_negatives.py")
         if type(topic) is not int:
             raise DataError(f"{where}: 'topic' is {json.dumps(topic)[:40]}, want a whole number; make it "
                             "with 04_cluster_topics.py, or drop it and pass --topic-power 1")
-        seen.add(key)
         marks = [normalise(record["query"]), *((key[0], p["docid"]) for p in record["positive_passages"])]
-        queries.append(Query(*key, topic, end - len(line), tuple(map(hash, marks))))
+        queries[key] = Query(*key, topic, start, tuple(map(hash, marks)))
         if len(queries) == args.limit:
             break
-    return queries
+    return list(queries.values())
 
 
 def read_records(file, queries):
@@ -147,7 +135,7 @@ def hold_out(queries, dev_share, seed):
     return [query for query in queries if query not in dev], [query for query in queries if query in dev]
 
 
-# --------------------------------------------------------------------------- batches (Sec. 3.5)
+# --------------------------------------------------------------------------- batches and loss (Sec. 3.5)
 
 class Sampler:
     """Queries of a language (or all): a shuffled queue a topic, refilled on its own, least used first."""
@@ -235,8 +223,7 @@ def names(lang, passages):
 def collate(records, uses, args):
     """(passages, target, masked) of N records; M = N (1 + negatives): a query's positive, then its negatives.
 
-    target (N,) is the row of each query's positive; masked (N, M) is True where a passage must not count as
-    its negative: it is relevant, whoever brought it, or, with --no-in-batch, another query's.
+    target (N,): the positive's row; masked (N, M): relevant ones, and with --no-in-batch those of others.
     """
     passages = [passage for record, visit in zip(records, uses) for passage in choose(record, visit, args)]
     owner = np.arange(len(passages)) // (1 + args.negatives)                    # (M,)
@@ -251,10 +238,8 @@ def collate(records, uses, args):
     return passages, target, masked
 
 
-# --------------------------------------------------------------------------- loss (Sec. 3.5)
-
 def weights(queries, args):
-    """The function w(q), as said at the top; its range in each language is printed."""
+    """The function w(q), as said at the top; its mean in each language is printed."""
     if args.weighting == "none":
         return lambda query: 1.0
     n_batches = max(DRAWS, math.ceil(len(queries) / args.batch_size))
@@ -262,8 +247,7 @@ def weights(queries, args):
 
     def g(label):
         """{language or topic: its g}; label gives that of a query."""
-        power = {"inverse": -0.5, "proportional": 0.5, "uniform": 0}[args.weighting]
-        raw = {of: n ** power for of, n in Counter(map(label, queries)).items()}
+        raw = {of: n ** -0.5 for of, n in Counter(map(label, queries)).items()}
         middle = np.median([raw[label(query)] for query in drawn])
         bounded = {of: np.clip(value, middle / 2, middle * 2) for of, value in raw.items()}
         mean = np.mean([bounded[label(query)] for query in drawn])
@@ -275,41 +259,38 @@ def weights(queries, args):
         return args.alpha * of_lang[query.lang] + args.beta * of_topic[query.topic]
 
     for lang, members in by_language(queries).items() if RANK == 0 else ():
-        low, middle, high = np.quantile([w(query) for query in members], (0, 0.5, 1))
         short = f", fewer than a batch of {args.batch_size}" if len(members) < args.batch_size else ""
-        say(f"{lang}: {len(members)} queries{short}; weight {low:.2f} to {high:.2f}, median {middle:.2f}")
+        say(f"{lang}: {len(members)} queries{short}; mean weight {np.mean([w(q) for q in members]):.2f}")
     return w
 
 
 def contrastive_loss(query, passages, target, masked, weight, args):
-    """(weighted InfoNCE of a batch, its mean without weights, share of queries whose positive is first).
+    """Weighted InfoNCE of a batch: query (N, D) and passages (M, D) of unit vectors, weight (N,).
 
-    query (N, D), passages (M, D) of unit vectors; target (N,) the row of each query's positive; masked (N, M)
-    True where a passage must not count as a negative; weight (N,).
+    target (N,) is the row of each query's positive; masked (N, M) is True where a passage is no negative.
     """
+    from torch.nn.functional import cross_entropy
     logits = query @ passages.T / args.temperature                             # (N, M) = (N, D) @ (D, M)
     logits = logits.masked_fill(masked, -math.inf)
-    positive = logits.gather(1, target[:, None])                               # (N, 1)
-    plain = logits.logsumexp(1) - positive[:, 0]                               # (N,)
-    loss = weight * plain
     if args.weight_on == "negatives":  # exp(s + log w) = w exp(s)
         shift = weight.log()[:, None].expand_as(logits)                        # (N, M)
-        loss = (logits + shift.scatter(1, target[:, None], 0.0)).logsumexp(1) - positive[:, 0]
-    n_queries = args.batch_size if args.short_batch == "shrink" else len(query)
-    return loss.sum() / n_queries, plain.mean(), (logits.argmax(1) == target).float().mean()
+        losses = cross_entropy(logits + shift.scatter(1, target[:, None], 0.0), target, reduction="none")
+    else:
+        losses = weight * cross_entropy(logits, target, reduction="none")      # (N,)
+    return losses.sum() / (args.batch_size if args.short_batch == "shrink" else len(query))
 
 
 class Embedding:
-    """The unit vectors of texts, which the loss is taken of, and the way of its gradient back to the weights.
+    """The unit vectors of texts, in chunks of like length (less padding); each process takes its share.
 
-    Texts go through the model in chunks of like length, since one wide batch would be a third padding; each
-    process takes its share. With --chunk-tokens a chunk goes twice, without its activations and with them, so
-    that memory holds those of one chunk (gradient cache, Gao et al. 2021).
+    With --chunk-tokens a chunk goes through the model twice, without its activations and with them, so that
+    memory holds those of one chunk (gradient cache, Gao et al. 2021).
     """
 
     def __init__(self, encoder, texts, kind, step, args):
         import torch
-        self.encoder, self.kind, self.step, self.args = encoder, kind, step, args
+        self.encoder, self.kind = encoder, kind
+        self.seed = args.seed, step, kind == "query", RANK
         self.token_ids = encoder.tokenize(texts, kind)
         length = [len(ids) for ids in self.token_ids]
         self.n_tokens = sum(length)
@@ -320,10 +301,11 @@ class Embedding:
                 self.chunks.append([])
             self.chunks[-1].append(row)
         with torch.set_grad_enabled(args.chunk_tokens is None):
-            self.parts = list(self.forward())
+            parts = list(self.forward())
+        self.parts = self.forward() if args.chunk_tokens else parts  # runs again in backward(), or is there
         width = encoder.model.get_embedding_dimension()
         self.vectors = torch.zeros(len(texts), width, device=encoder.device)  # a leaf of the graph
-        for rows, part in zip(self.chunks, self.parts):
+        for rows, part in zip(self.chunks, parts):
             self.vectors[rows] = part.detach()
         if WORLD > 1:
             torch.distributed.all_reduce(self.vectors)  # each row has one owner, the others add zeros
@@ -333,13 +315,12 @@ class Embedding:
         """Yield the vectors of each chunk. Dropout is seeded by chunk: a second time gives the same."""
         import torch
         for number, rows in enumerate(self.chunks):
-            torch.manual_seed(hash((self.args.seed, self.step, self.kind == "query", RANK, number)))
+            torch.manual_seed(hash((*self.seed, number)))
             yield self.encoder.forward([self.token_ids[row] for row in rows], self.kind)
 
     def backward(self):
         """From the gradient of the vectors to that of the weights."""
-        parts = self.forward() if self.args.chunk_tokens else self.parts
-        for rows, part in zip(self.chunks, parts):
+        for rows, part in zip(self.chunks, self.parts):
             part.backward(self.vectors.grad[rows])
 
 
@@ -352,8 +333,8 @@ def share_gradients(parameters):
         torch.distributed.all_reduce(parameter.grad)
 
 
-def validate(encoder, dev_queries, file, args):
-    """{lang: {queries, loss, mrr@10}}; a held-out query searches its language's held-out passages.
+def validate(encoder, dev_queries, file):
+    """(MRR@10, {lang: {queries, mrr@10}}); a held-out query searches its language's held-out passages.
 
     A passage that scores like the best positive ranks above it. Processes share the languages.
     """
@@ -364,35 +345,23 @@ def validate(encoder, dev_queries, file, args):
                 for p in record["positive_passages"] + record.get("negative_passages", [])}
         passages = encoder.encode([encoder.passage_text(passage) for passage in pool.values()], "passage")
         queries = encoder.encode([record["query"] for record in records], "query")
-        losses, reciprocal_ranks = [], []
+        ranks = []
         for record, scores in zip(records, queries @ passages.T):               # of (N, M) = (N, D) @ (D, M)
             score = dict(zip(pool, scores))
-            positives = [score[p["docid"]] for p in record["positive_passages"]]
-            negatives = [score[p["docid"]] for p in record.get("negative_passages", [])]
-            logits = np.array([positives[0], *negatives]) / args.temperature
-            losses.append(np.logaddexp.reduce(logits) - logits[0])
+            best = max(score[passage["docid"]] for passage in record["positive_passages"])
             for passage in record["positive_passages"] + record.get("false_negatives", []):
                 score.pop(passage["docid"], None)
-            rank = 1 + sum(value >= max(positives) - TIE for value in score.values())
-            reciprocal_ranks.append(1 / rank if rank <= 10 else 0.0)
-        found[lang] = {"queries": len(records), "loss": round(float(np.mean(losses)), 4),
-                       "mrr@10": round(float(np.mean(reciprocal_ranks)), 4)}
-    if WORLD > 1:
-        from torch.distributed import all_gather_object
-        parts = [None] * WORLD
-        all_gather_object(parts, found)
-        found = {lang: values for part in parts for lang, values in part.items()}
-    return dict(sorted(found.items()))
+            ranks.append(1 + sum(value >= best - TIE for value in score.values()))
+        mrr = np.mean([1 / rank if rank <= 10 else 0 for rank in ranks])
+        found[lang] = {"queries": len(records), "mrr@10": round(float(mrr), 4)}
+    dev = dict(sorted(pair for part in gather(found) for pair in part.items()))
+    total = sum(of["queries"] * of["mrr@10"] for of in dev.values())
+    n_queries = sum(of["queries"] for of in dev.values())
+    return round(total / n_queries, 4) if dev else None, dev
 
-
-# --------------------------------------------------------------------------- the loop
 
 def train(args, encoder, queries, dev_queries, folder, run_key):
-    """Train in place; the weights of the epoch with the best dev score are in best.pt. Returns the state.
-
-    Every draw depends on the seed and the step alone, so going on from a checkpoint needs no random state:
-    the batches are drawn again, and each step seeds its own dropout.
-    """
+    """Train in place, best epoch in best.pt; returns the state. Draws depend on seed and step alone."""
     import torch
     model, parameters = encoder.model, list(encoder.model.parameters())
     optimizer = torch.optim.Adam(parameters, fused=True)
@@ -413,13 +382,16 @@ def train(args, encoder, queries, dev_queries, folder, run_key):
         texts = [encoder.passage_text(passage) for passage in passages]
         query = Embedding(encoder, [record["query"] for record in records], "query", step, args)
         passage = Embedding(encoder, texts, "passage", step, args)
-        loss, plain, accuracy = contrastive_loss(query.vectors, passage.vectors, target, masked, weight, args)
+        loss = contrastive_loss(query.vectors, passage.vectors, target, masked, weight, args)
         loss.backward()
         query.backward()
         passage.backward()
         share_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf)
-        check_finite(step, loss.item(), norm.item(), lang, batch, folder)
+        if not math.isfinite(loss.item() + norm.item()):  # a step would ruin the weights
+            ids = " ".join(query.query_id for query in batch)
+            raise DataError(f"step {step}: loss {loss.item()}, gradient {norm.item()}, {lang} queries {ids}; "
+                            f"lower --lr or raise --temperature; {folder} has the last good state, if any")
         lr = args.lr * min(step / warmup, (args.max_steps + 1 - step) / (args.max_steps + 1 - warmup))
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
@@ -428,17 +400,17 @@ def train(args, encoder, queries, dev_queries, folder, run_key):
         state["clipped"] += bool(args.clip and norm > args.clip)
         n_tokens, seconds = query.n_tokens + passage.n_tokens, time.perf_counter() - started
         line = {"step": step, "epoch": round(step / args.epoch_steps, 3), "lang": lang, "loss": loss.item(),
-                "plain_loss": plain.item(), "accuracy": accuracy.item(), "lr": lr,
-                "grad_norm": norm.item(), "tokens_per_s": round(n_tokens / seconds)}
-        log.write(dump(line).encode())
+                "lr": lr, "grad_norm": norm.item(), "tokens_per_s": round(n_tokens / seconds)}
         epoch_ends = step % args.epoch_steps == 0 or step == args.max_steps
         if epoch_ends:
             model.eval()
-            dev = validate(encoder, dev_queries, file, args)
-            line = {"step": step, "epoch": line["epoch"], "dev_mrr@10": end_epoch(state, dev), "dev": dev}
-            log.write(dump(line).encode())
-            if state["without_gain"] == 0:
+            score, dev = validate(encoder, dev_queries, file)
+            line |= {"dev_mrr@10": score, "dev": dev}
+            state["without_gain"] += 1
+            if not dev or score > state["best"]:  # without held-out queries the last is best
+                state |= {"best": score, "without_gain": 0}
                 save(folder / "best.pt", model.state_dict())
+        log.write(dump(line).encode())
         if epoch_ends or step % args.save_every == 0:
             state["log_bytes"] = log.tell()
             save(folder / "last.pt", {"run": run_key, "state": state, "model": model.state_dict(),
@@ -446,45 +418,22 @@ def train(args, encoder, queries, dev_queries, folder, run_key):
     return state
 
 
-def check_finite(step, loss, norm, lang, batch, folder):
-    """DataError before a step that would ruin the weights."""
-    if not math.isfinite(loss + norm):
-        ids = " ".join(query.query_id for query in batch)
-        raise DataError(f"step {step}: loss {loss}, gradient norm {norm}, {lang} queries {ids}; "
-                        f"lower --lr or raise --temperature; the last good state, if any: {folder}/last.pt")
-
-
-def end_epoch(state, dev):
-    """The dev score, noted in the state: mean MRR@10 over queries; without any the last epoch is best."""
-    score = state["step"]
-    if dev:
-        n_queries = [values["queries"] for values in dev.values()]
-        score = float(np.average([values["mrr@10"] for values in dev.values()], weights=n_queries))
-    state["without_gain"] += 1
-    if score > state["best"]:
-        state |= {"best": score, "dev": dev, "without_gain": 0}
-    return round(score, 4) if dev else None
-
-
 def resume(folder, model, optimizer, run_key):
     """(state, log file) of a start, or as last.pt left them: what the log has from later comes again."""
     import torch
-    state = {"step": 0, "log_bytes": 0, "clipped": 0, "best": -1, "dev": {}, "without_gain": 0}
+    state = {"step": 0, "log_bytes": 0, "clipped": 0, "best": -1.0, "without_gain": 0}
     if (folder / "last.pt").exists():
         saved = torch.load(folder / "last.pt", weights_only=True, map_location="cpu")
         if saved["run"] != run_key:
-            before, now = json.loads(saved["run"])[0], json.loads(run_key)[0]
-            differ = [f"--{key.replace('_', '-')}" for key in now if now[key] != before.get(key)]
-            raise DataError(f"{folder} is of another run ({' '.join(differ) or 'input or encoder'} differ); "
-                            "go on with its arguments, pass --overwrite to start anew, or take another --out")
+            raise DataError(f"{folder} is of another run (flags, input or encoder differ); go on with those, "
+                            "pass --overwrite to start anew, or take another --out")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         state = saved["state"]
         say(f"going on from step {state['step']}")
     folder.mkdir(parents=True, exist_ok=True)
-    log = open(folder / "train_log.jsonl" if RANK == 0 else os.devnull, "ab", buffering=0)
-    if RANK == 0:
-        log.truncate(state["log_bytes"])
+    log = open(folder / f"train_log{RANK or ''}.jsonl", "ab", buffering=0)  # the first process's is kept
+    log.truncate(state["log_bytes"])
     return state, log
 
 
@@ -514,8 +463,8 @@ def main(argv=None):
     folder = Path(f"{args.out}.checkpoint")
     if RANK == 0 and args.overwrite:
         shutil.rmtree(folder, ignore_errors=True)
+    import torch  # not for the batches alone
     if WORLD > 1:
-        import torch.distributed
         torch.distributed.init_process_group()  # gloo for CPUs, nccl for GPUs; waits for all
     encoder = from_flags(args.encoder, args)
     encoder.similarity = "cosine"  # as the loss wants it, whatever the maker used
@@ -523,49 +472,23 @@ def main(argv=None):
     if sys.platform == "linux":
         for option in (-3, -1):  # glibc's M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: keep freed blocks up to 1 GB,
             ctypes.CDLL(None).mallopt(option, 1 << 30)  # else half of a step's CPU time goes to page faults
-    if args.gradient_checkpointing:
-        encoder.model.gradient_checkpointing_enable()
     state = train(args, encoder, queries, dev_queries, folder, output.key(output.meta))
-    if RANK == 0:
-        finish(args, encoder, queries, dev_queries, folder, state, output)
-
-
-def finish(args, encoder, queries, dev_queries, folder, state, output):
-    """Put the model in place, with card and log."""
-    import torch
-    lines = (folder / "train_log.jsonl").read_text("utf-8").splitlines()
-    epochs = [line["dev"] for line in map(json.loads, lines) if "dev" in line]
-    for lang, values in state["dev"].items():
-        highest = max(dev[lang]["mrr@10"] for dev in epochs)
-        if values["mrr@10"] < highest - FALL:
-            say(f"warning: {lang}: dev MRR@10 is {values['mrr@10']:.2f} in the epoch kept, was {highest:.2f}")
+    if RANK > 0:
+        return
     encoder.report_cut()
     encoder.model.load_state_dict(torch.load(folder / "best.pt", weights_only=True, map_location="cpu"))
-    counts = {"steps": state["step"], "clipped": round(state["clipped"] / state["step"], 4),
-              "train_queries": len(queries), "dev_queries": len(dev_queries), "processes": WORLD,
-              "temperature": args.temperature, "dev": state["dev"],
-              "best_dev_mrr@10": round(state["best"], 4) if dev_queries else None,
-              "peak_gpu_mb": torch.cuda.max_memory_allocated() >> 20,
-              "by_lang": {lang: len(members) for lang, members in by_language(queries).items()}}
     with atomic_folder(args.out) as model:
         encoder.save(model)
         shutil.copy(folder / "train_log.jsonl", model)
-        (model / "README.md").write_text(card(args, encoder, counts), "utf-8")
         shutil.rmtree(args.out, ignore_errors=True)  # never beside the meta of another
-        output.finish(**counts)
+        output.finish(steps=state["step"], clipped=round(state["clipped"] / state["step"], 4),
+                      train_queries=len(queries), dev_queries=len(dev_queries), best_dev_mrr=state["best"],
+                      temperature=args.temperature, peak_gpu_mb=torch.cuda.max_memory_allocated() >> 20,
+                      by_lang=Counter(query.lang for query in queries), vectors=encoder.settings())
+        facts = json.dumps(output.meta, ensure_ascii=False, indent=1, default=str)
+        card = f"# A bi-encoder trained as in arXiv 2509.09459\n\n```json\n{facts}\n```\n"
+        (model / "README.md").write_text(card, "utf-8")
     shutil.rmtree(folder)
-
-
-def card(args, encoder, counts):
-    """README.md of the model."""
-    facts = {"input": args.input, "started from": encoder.name, "arguments": vars(args), "counts": counts,
-             "vectors": encoder.settings()}
-    return "\n".join([
-        "---", "library_name: sentence-transformers", "pipeline_tag: sentence-similarity",
-        f"language: {json.dumps(list(counts['by_lang']))}", "---", f"# {Path(args.out).name}", "",
-        "A bi-encoder for monolingual retrieval, trained on hard negatives in monolingual multi-topic",
-        "batches with a weighted contrastive loss (Huang et al., EMNLP 2025, arXiv 2509.09459).", "",
-        "```json", json.dumps(facts, ensure_ascii=False, indent=1, default=str), "```", ""])
 
 
 if __name__ == "__main__":

@@ -181,10 +181,9 @@ def weights_by_formula(made, records, weighting):
     flags = ["--batch-size", 24, "--dev-share", 0, "--epochs", 334, "--max-steps", 0]
     stage.main(arguments(made, "drawn", *flags, "--log-batches", made / "drawn.batches"))
     lines = [json.loads(line) for line in (made / "drawn.batches").read_text("utf-8").splitlines()][:1000]
-    power = {"inverse": -0.5, "proportional": 0.5, "uniform": 0.0}[weighting]
     total = dict.fromkeys([(r["lang"], r["query_id"]) for r in records], 0.0)
     for mean, key, drawn in ((0.45, "lang", "langs"), (0.40, "topic", "topics")):
-        raw = {r[key]: (sum(o[key] == r[key] for o in records) / len(records)) ** power for r in records}
+        raw = {r[key]: (sum(o[key] == r[key] for o in records) / len(records)) ** -0.5 for r in records}
         labels = [label for line in lines for label in line[drawn]]
         middle = statistics.median(raw[label] for label in labels)
         bounded = {label: min(max(value, middle / 2), 2 * middle) for label, value in raw.items()}
@@ -232,7 +231,7 @@ def by_formula(made, batch, weighting, weight_on, size=None):
 
 @pytest.mark.parametrize("weighting, weight_on, flags", [
     *((weighting, on, ["--short-batch", "shrink"])
-      for weighting in ("inverse", "proportional", "uniform", "none") for on in ("loss", "negatives")),
+      for weighting in ("inverse", "none") for on in ("loss", "negatives")),
     ("inverse", "loss", ["--short-batch", "reuse"]),
     ("inverse", "negatives", ["--short-batch", "shrink", "--chunk-tokens", 60])], ids=str)
 def test_the_loop_s_loss_and_gradient_are_those_of_the_formula(made, weighting, weight_on, flags):
@@ -246,8 +245,6 @@ def test_the_loop_s_loss_and_gradient_are_those_of_the_formula(made, weighting, 
     line = log_of(made, out)[0]
     assert line["loss"] == pytest.approx(loss, rel=1e-5)
     assert line["grad_norm"] == pytest.approx(norm, rel=1e-4)
-    plain, _ = by_formula(made, batch, "none", "loss")
-    assert line["plain_loss"] == pytest.approx(plain, rel=1e-5) and 0 <= line["accuracy"] <= 1
 
 
 TOGETHER = """
@@ -365,8 +362,7 @@ def test_a_non_finite_loss_names_the_queries_and_keeps_the_last_good_checkpoint(
 
     def failing(*args):
         left[0] -= 1
-        loss, *figures = real(*args)
-        return loss * (float("nan") if left[0] < 0 else 1), *figures
+        return real(*args) * (float("nan") if left[0] < 0 else 1)
 
     with monkeypatch.context() as patch:
         patch.setattr(stage, "contrastive_loss", failing)
@@ -380,7 +376,7 @@ def test_a_non_finite_loss_names_the_queries_and_keeps_the_last_good_checkpoint(
     assert not (made / "nan").exists()
     # a checkpoint of another run is not gone on with
     line = one_line(capsys, arguments(made, "nan", "--temperature", 0.2))
-    assert "of another run (--temperature differ" in line and "--overwrite" in line
+    assert "of another run (flags, input or encoder differ)" in line and "--overwrite" in line
     stage.main(arguments(made, "nan", "--temperature", 0.2, "--overwrite"))
     assert (made / "nan/model.safetensors").exists()
 
@@ -414,7 +410,7 @@ def test_patience_stops_early_and_keeps_the_best_epoch(made, monkeypatch):
                     for k, v in encoder.model.state_dict().items()
                 }
             )
-        return {"th": {"queries": 2, "loss": 1.0, "mrr@10": score}}
+        return score, {"th": {"queries": 2, "mrr@10": score}}
 
     monkeypatch.setattr(stage, "validate", scored)
     stage.main(arguments(made, "early", "--epochs", 9, "--patience", 2))
@@ -428,12 +424,13 @@ def test_a_model_of_inner_products_is_trained_and_validated_by_cosines(made):
     """As mDPR and mContriever are, whose vectors are not of unit length: the trained model's are."""
     shutil.copytree(made / "encoder", made / "inner")
     sentence_transformers_files(made / "inner", "mean", normalise=False)
+    config = made / "inner/config_sentence_transformers.json"
+    settings = json.loads(config.read_text("utf-8")) if config.exists() else {}
+    config.write_text(json.dumps(settings | {"similarity_fn_name": "dot"}), "utf-8")
     for out, encoder in (("cosines", "encoder"), ("products", "inner")):
         stage.main(arguments(made, out, "--max-steps", 3, encoder=encoder))
-    assert (
-        log_of(made, "products") == log_of(made, "cosines")
-        and log_of(made, "cosines")[-1]["dev"]["th"]["loss"] < 3
-    )
+    assert log_of(made, "products") == log_of(made, "cosines")
+    assert log_of(made, "cosines")[-1]["loss"] < 4
 
 
 def test_the_log_has_every_step_and_epoch(whole):
@@ -450,19 +447,10 @@ def test_the_log_has_every_step_and_epoch(whole):
     assert all(set(line["dev"]) == {"fa", "ko", "sw", "th"} for line in epochs)
 
 
-def test_a_shortage_and_a_fall_are_said_once(made, capsys, monkeypatch):
-    scores = {"th": iter([0.2, 0.6, 0.3]), "sw": iter([0.2, 0.3, 0.9])}
-    monkeypatch.setattr(
-        stage,
-        "validate",
-        lambda *_: {lang: {"loss": 1.0, "queries": 1, "mrr@10": next(of)} for lang, of in scores.items()},
-    )
-    stage.main(arguments(made, "told", "--batch-size", 8))
+def test_a_shortage_is_said_once(made, capsys):
+    stage.main(arguments(made, "told", "--batch-size", 8, "--max-steps", 1))
     lines = capsys.readouterr().err.splitlines()
     assert len([line for line in lines if "sw" in line and "fewer" in line]) == 1
-    assert [line for line in lines if "warning" in line] == [
-        "warning: th: dev MRR@10 is 0.30 in the epoch kept, was 0.60"
-    ]
 
 
 def test_the_temperature_is_that_of_the_makers_by_the_model_s_own_name(made):
@@ -523,14 +511,14 @@ class Fixed:
 
 
 def validated(tmp_path, scores, records):
-    """validate() of th queries "q", where a passage's score is given by its docid."""
+    """validate() of queries "q", where a passage's score is given by its docid."""
     lines = [json.dumps(r) + "\n" for r in records]
     (tmp_path / "dev.jsonl").write_text("".join(lines), "utf-8")
     starts = [sum(map(len, lines[:n])) for n in range(len(lines))]
-    queries = [stage.Query("th", r["query_id"], 0, start, ()) for r, start in zip(records, starts)]
+    queries = [stage.Query(r["lang"], r["query_id"], 0, start, ()) for r, start in zip(records, starts)]
     vectors = {docid: [score, 1.0] for docid, score in scores.items()} | {"q": [1.0, 0.0]}
     with open(tmp_path / "dev.jsonl", "rb") as file:
-        return stage.validate(Fixed(vectors), queries, file, Namespace(temperature=0.1))["th"]
+        return stage.validate(Fixed(vectors), queries, file)
 
 
 def dev_record(query_id, positives, negatives, false=()):
@@ -546,44 +534,37 @@ def test_validation_ranks_the_best_positive_and_is_cut_at_ten(tmp_path):
     for place, expected in ((1, 1.0), (2, 0.5), (10, 0.1), (11, 0.0), (20, 0.0)):
         scores = others | {"p": 0.8 - place / 100 + 0.005, "worse": 0.0}
         found = validated(tmp_path, scores, [dev_record("0", ["worse", "p"], list(others))])
-        assert found["mrr@10"] == expected and found["queries"] == 1
+        assert found == (expected, {"th": {"queries": 1, "mrr@10": expected}})
 
 
 def test_validation_leaves_out_known_false_negatives_and_other_positives(tmp_path):
     scores = {"p": 0.5, "p2": 0.4, "false": 0.9, "n": 0.7}
     records = [dev_record("0", ["p", "p2"], ["false", "n"], ["false"])]
-    assert validated(tmp_path, scores, records)["mrr@10"] == 0.5
+    assert validated(tmp_path, scores, records)[0] == 0.5
 
 
 def test_an_encoder_that_has_collapsed_gets_no_credit(tmp_path):
     docids = [f"n{n}" for n in range(12)]
     scores = dict.fromkeys(["p", *docids], 0.7)
-    assert validated(tmp_path, scores, [dev_record("0", ["p"], docids)])["mrr@10"] == 0
-    assert validated(tmp_path, scores, [dev_record("0", ["p"], docids[:3])])["mrr@10"] == 0.25
+    assert validated(tmp_path, scores, [dev_record("0", ["p"], docids)])[0] == 0
+    assert validated(tmp_path, scores, [dev_record("0", ["p"], docids[:3])])[0] == 0.25
 
 
 def test_a_query_searches_the_passages_of_all_held_out_queries(tmp_path):
     scores = {"p": 0.5, "n": 0.1, "other": 0.6, "m": 0.2}
     found = validated(tmp_path, scores, [dev_record("0", ["p"], ["n"]), dev_record("1", ["other"], ["m"])])
-    assert found["mrr@10"] == 0.75
-    assert found["loss"] == pytest.approx(np.mean([np.log(1 + np.exp(-4))] * 2), abs=1e-4)
+    assert found[0] == 0.75
 
 
-def test_the_best_epoch_is_that_of_the_mean_over_queries():
-    state = {"step": 9, "best": -1, "dev": {}, "without_gain": 0}
-    large = {"th": {"queries": 99, "mrr@10": 0.5}, "sw": {"queries": 1, "mrr@10": 0.1}}
-    small = {"th": {"queries": 99, "mrr@10": 0.4}, "sw": {"queries": 1, "mrr@10": 1.0}}
-    assert stage.end_epoch(state, large) == 0.496 and state["dev"] is large
-    assert stage.end_epoch(state, small) == 0.406 and state["dev"] is large and state["without_gain"] == 1
+def test_the_score_of_an_epoch_is_the_mean_over_queries_not_languages(tmp_path):
+    records = [dev_record(str(n), ["p"], ["n"]) for n in range(3)]
+    records.append(dev_record("3", ["worse"], ["n"]) | {"lang": "sw"})
+    score, dev = validated(tmp_path, {"p": 0.5, "n": 0.1, "worse": 0.0}, records)
+    assert score == 0.875 and [of["mrr@10"] for of in dev.values()] == [0.5, 1.0]
+    assert list(dev) == ["sw", "th"] and dev["th"]["queries"] == 3
 
 
-def test_checkpointed_activations_give_the_same_weights(made):
-    for out, flags in (("kept", []), ("computed", ["--gradient-checkpointing"])):
-        stage.main(arguments(made, out, "--epochs", 1, *flags, encoder="dropout"))
-    assert difference(weights_of(made, "kept"), weights_of(made, "computed")) < 1e-6
-
-
-FLAGS = ["--weighting none", "--weighting proportional", "--weight-on negatives", "--alpha 2", "--beta 2",
+FLAGS = ["--weighting none", "--weight-on negatives", "--alpha 2", "--beta 2",
          "--short-batch shrink", "--warmup 0.9", "--negatives 2", "--negatives 0", "--no-in-batch",
          "--topic-power 1", "--language-power 1", "--mixed", "--clip 0.05", "--dtype bf16",
          "--query-max-len 2", "--passage-max-len 3"]

@@ -47,6 +47,7 @@ MAX_UNSEEN = 0.75     # share of a text's runs that the language's texts do not 
 MIN_DISTINCT = 0.25   # share of its runs that differ from one another; in mini-MIRACL 0.33 at least
 MAX_WRITTEN = 0.5     # share of N that may be written: more teaches to tell sources apart, not relevance
 ENOUGH = 20           # answers of a language from which --max-drift counts; of fewer, all are rejected
+DRIFT_SAMPLE = 50     # negatives a language and source whose similarities are averaged in the summary
 REFUSAL = re.compile(r"(i'?m |i am )?(so |very )?sorry\b|as an ai\b|"
                      r"i (can ?not|can'?t|could ?n[o']t|am unable)\b", re.IGNORECASE)
 
@@ -62,7 +63,8 @@ def build_parser():
     flag("--no-judge-new", action="store_true", help="take found passages unjudged: Sec. 3.4 read literally")
     flag("--mode", choices=["retrieve", "write"], default="retrieve",
          help="new queries find passages (Sec. 3.4), or the LLM writes up to half of N (not in the paper)")
-    flag("--rounds", type=positive_int, default=3, help="generations a query, before random passages fill up")
+    flag("--rounds", type=positive_int, default=3,
+         help="generations per query, each from the next positive; then random passages fill up")
     flag("--max-drift", type=common.share, default=0.5, metavar="SHARE",
          help="share, 0 to 1, of a language's answers that may be rejected; more is an error")
     flag("--dry-run", action="store_true", help="print what it would cost and stop")
@@ -120,7 +122,8 @@ def estimate(missing, args):
         most = len(missing) * (TRIES["summary"] + TRIES["query"] + 2 * args.target * votes)
     else:
         least = most = sum(min(n, int(MAX_WRITTEN * args.target)) * (1 + votes) for n in missing)
-    print(f"{len(missing)} short queries: {least} to {args.rounds * most} calls of some 600 prompt tokens")
+    print(f"{len(missing)} short queries: {least} to {args.rounds * most} calls, at least about "
+          f"{600 * least} prompt tokens (600 a call, mini-MIRACL's average)")
 
 
 # --------------------------------------------------------------------------- the LLM's texts are not trusted
@@ -264,7 +267,8 @@ class Generation:
             text = await self.generate("written", query, WRITE, data, others, i)
             if text and repeats(text, [passage["text"] for passage in negatives + fresh]):
                 query.why["written: repeats a negative"] += 1  # lack of variety, not drift
-            elif text:  # with the positive's title: without one it could be told by its looks
+            elif text:
+                # the positive's title: the subject is the same, and without one it could be told by its looks
                 fresh.append({"docid": f"written:{query_id}:{self.round}.{i}",
                               "title": positive.get("title", ""), "text": text})
         return fresh
@@ -336,20 +340,41 @@ def finished(short, sources, args):
         yield query.record
 
 
-def report(output, n_queries, short, sources, calls, args):
-    """By language the sources and what was rejected; some of the new negatives to look at."""
+def cosines(queries, encoder, seed):
+    """{source: {n, query, positive}}: mean cosine of these queries' negatives to query and first positive."""
+    pairs, table = defaultdict(list), {}
+    for record in (query.record for query in queries):
+        for passage in record["negative_passages"]:
+            texts = record["query"], passage_text(record["positive_passages"][0]), passage_text(passage)
+            pairs[passage.get("source", "given")].append(texts)
+    for source, texts in sorted(pairs.items()):
+        sample = random.Random(seed).sample(texts, min(DRIFT_SAMPLE, len(texts)))
+        queries, positives, negatives = map(list, zip(*sample))
+        query = encoder.encode(queries, "query")                            # (n, D)
+        positive, negative = encoder.encode(positives, "passage"), encoder.encode(negatives, "passage")
+        table[source] = {"n": len(sample), "query": round(float((query * negative).sum(1).mean()), 3),
+                         "positive": round(float((positive * negative).sum(1).mean()), 3)}
+    return table
+
+
+def report(output, n_queries, short, sources, ensemble, calls, args):
+    """The drift report: by language the sources, what was rejected, how near negatives are; some examples."""
     by_lang = {}
     for lang in sorted(n_queries):
         n_generated = sources[lang]["generated-query"] + sources[lang]["written"]
         percent = round(100 * n_generated / max(1, sources[lang].total()), 1)
+        outcomes = sum((query.why for query in short[lang]), Counter())
         by_lang[lang] = {"queries": n_queries[lang], "short": len(short[lang]), "generated_percent": percent,
-                         "sources": dict(sources[lang]),
-                         "outcomes": dict(sum((query.why for query in short[lang]), Counter()))}
+                         "sources": dict(sources[lang]), "outcomes": dict(outcomes)}
+        for encoder in list(ensemble.encoders.values())[:1]:
+            by_lang[lang]["cosines"] = cosines(short[lang], encoder, args.seed)
         say(f"{lang}: {by_lang[lang]}")
     queries = [query for lang in sorted(short) for query in short[lang]]
     added = [{key: query.record[key] for key in ("lang", "query_id", "query", "generated_query")} | passage
              for query in queries for passage in query.record["negative_passages"][query.n_given:]]
     examples = random.Random(args.seed).sample(added, min(5, len(added)))
+    for example in examples:
+        say(f"example: {example}")
     mean = sum(row["generated_percent"] for row in by_lang.values()) / len(by_lang)
     say(f"from generation: {mean:.1f}% of the negatives, mean of {len(by_lang)} languages (paper: 9.1%)")
     negatives = {f"{source} negatives": n for source, n in sorted(sum(sources.values(), Counter()).items())}
@@ -370,10 +395,11 @@ def main(argv=None):
     output = Output(args, [args.input, *corpora], args.retrievers)
     if output.is_done():
         return
-    calls = asyncio.run(generate_all(short, from_flags(args), args)) if short else {}
+    ensemble = from_flags(args)
+    calls = asyncio.run(generate_all(short, ensemble, args)) if short else {}
     sources = defaultdict(Counter)
     output.write(finished(short, sources, args))
-    report(output, n_queries, short, sources, calls, args)
+    report(output, n_queries, short, sources, ensemble, calls, args)
 
 
 if __name__ == "__main__":

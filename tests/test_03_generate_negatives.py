@@ -11,6 +11,7 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import tiny_lm
 from conftest import ROOT, load_stage, run_stage
 
 import offline_llm
@@ -396,6 +397,34 @@ def test_a_dry_run_tells_the_calls_and_makes_nothing(data, server, capsys):
     )
     generate(data, server)
     assert n * 14 <= len(server.seen) <= int(text.split(" to ")[1].split()[0])
+
+
+def test_the_summary_gives_similarities_by_language_and_source(data, server, tmp_path):
+    """Against a slow computation with the same encoder (here a small random Llama, mean pooled)."""
+    import numpy as np
+
+    from search import Ensemble
+
+    encoder = tiny_lm.make(tmp_path / "encoder", SENTENCES, steps=0)
+    records, counts = generate(data, server, "--retrievers", "bm25", encoder, "--fusion", "rrf")
+    stage = load_stage("03_generate_negatives")
+    encode = Ensemble([str(encoder)], data / "data", data / "cache").encoders["encoder"].encode
+    for lang in LANGS:
+        rows = [
+            (r, p)
+            for r in records
+            if r["lang"] == lang
+            for p in r["negative_passages"]
+            if p["source"] == "generated-query"
+        ]
+        row = counts["by_lang"][lang]["cosines"]["generated-query"]
+        negatives = encode([stage.passage_text(p) for _, p in rows], "passage")
+        for key, kind, text in (
+            ("query", "query", lambda r: r["query"]),
+            ("positive", "passage", lambda r: stage.passage_text(r["positive_passages"][0])),
+        ):
+            slow = np.mean([a @ b for a, b in zip(encode([text(r) for r, _ in rows], kind), negatives)])
+            assert row["n"] == min(50, len(rows)) and row[key] == pytest.approx(slow, abs=0.05)
 
 
 # --------------------------------------------------------------------------- kills

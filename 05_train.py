@@ -60,6 +60,7 @@ def build_parser():
     flag("--short-batch", choices=["reuse", "shrink"], default="reuse",
          help="a topic that runs out gives used queries, none twice a batch; or a smaller batch and loss")
     flag("--chunk-tokens", type=positive_int, metavar="T", help="cache gradients: T tokens in memory at once")
+    flag("--gradient-checkpointing", action="store_true", help="keep fewer activations; a third more time")
     flag("--dev-share", type=share, default=0.1, help="share of each language held out (Sec. 4.1)")
     flag("--patience", type=positive_int, metavar="E", help="stop when E epochs brought no better dev score")
     flag("--log-batches", metavar="FILE", help="write batches: step, lang, query_ids, topics, langs")
@@ -239,7 +240,7 @@ def collate(records, uses, args):
 
 
 def weights(queries, args):
-    """The function w(q), as said at the top; its mean in each language is printed."""
+    """The function w(q), as said at the top; its range in each language is printed."""
     if args.weighting == "none":
         return lambda query: 1.0
     n_batches = max(DRAWS, math.ceil(len(queries) / args.batch_size))
@@ -260,7 +261,8 @@ def weights(queries, args):
 
     for lang, members in by_language(queries).items() if RANK == 0 else ():
         short = f", fewer than a batch of {args.batch_size}" if len(members) < args.batch_size else ""
-        say(f"{lang}: {len(members)} queries{short}; mean weight {np.mean([w(q) for q in members]):.2f}")
+        low, middle, high = np.quantile([w(query) for query in members], (0, 0.5, 1))
+        say(f"{lang}: {len(members)} queries{short}; weight {low:.2f} to {high:.2f}, median {middle:.2f}")
     return w
 
 
@@ -278,6 +280,15 @@ def contrastive_loss(query, passages, target, masked, weight, args):
     else:
         losses = weight * cross_entropy(logits, target, reduction="none")      # (N,)
     return losses.sum() / (args.batch_size if args.short_batch == "shrink" else len(query))
+
+
+def unweighted(query, passages, target, masked, args):
+    """For the log, so that runs compare: the loss without weights, and how many positives are first."""
+    import torch
+    with torch.no_grad():
+        loss = contrastive_loss(query, passages, target, masked, torch.ones(len(query)).to(query), args)
+        first = (query @ passages.T).masked_fill(masked, -math.inf).argmax(1)  # (N,)
+    return {"plain_loss": loss.item(), "accuracy": (first == target).float().mean().item()}
 
 
 class Embedding:
@@ -400,6 +411,7 @@ def train(args, encoder, queries, dev_queries, folder, run_key):
         state["clipped"] += bool(args.clip and norm > args.clip)
         n_tokens, seconds = query.n_tokens + passage.n_tokens, time.perf_counter() - started
         line = {"step": step, "epoch": round(step / args.epoch_steps, 3), "lang": lang, "loss": loss.item(),
+                **unweighted(query.vectors, passage.vectors, target, masked, args),
                 "lr": lr, "grad_norm": norm.item(), "tokens_per_s": round(n_tokens / seconds)}
         epoch_ends = step % args.epoch_steps == 0 or step == args.max_steps
         if epoch_ends:
@@ -469,6 +481,8 @@ def main(argv=None):
     encoder = from_flags(args.encoder, args)
     encoder.similarity = "cosine"  # as the loss wants it, whatever the maker used
     args.temperature = args.temperature or encoder.default_temperature
+    if args.gradient_checkpointing:
+        encoder.model.gradient_checkpointing_enable()
     if sys.platform == "linux":
         for option in (-3, -1):  # glibc's M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: keep freed blocks up to 1 GB,
             ctypes.CDLL(None).mallopt(option, 1 << 30)  # else half of a step's CPU time goes to page faults

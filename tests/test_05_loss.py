@@ -137,6 +137,16 @@ def test_loss_and_gradients_equal_the_formula(weighting, weight_on, short):
         assert np.abs(ours.grad.numpy() - gradient).max() < tolerance * np.abs(gradient).max()
 
 
+def test_accuracy_is_the_share_of_queries_whose_positive_is_first_of_what_is_not_masked():
+    keys, target, masked = collated(batch())
+    passages = torch.eye(16)
+    query = passages[[0, keys.index("p0"), 9, 12]]  # q1 scores best with its masked p0, q2 with its negative
+    for second, accuracy in ((0.5, 0.75), (0.0, 0.5)):
+        query[1, target[1]] = second
+        query[1, 5] = 0.1
+        assert stage.unweighted(query, passages, target, masked, settings())["accuracy"] == accuracy
+
+
 def test_a_masked_pair_has_no_gradient():
     keys, target, masked = collated(batch())
     assert masked[1, keys.index("p0")] and masked[3, keys.index("x")]

@@ -245,6 +245,8 @@ def test_the_loop_s_loss_and_gradient_are_those_of_the_formula(made, weighting, 
     line = log_of(made, out)[0]
     assert line["loss"] == pytest.approx(loss, rel=1e-5)
     assert line["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    plain, _ = by_formula(made, batch, "none", "loss", 24 if "shrink" in flags else None)
+    assert line["plain_loss"] == pytest.approx(plain, rel=1e-5) and 0 <= line["accuracy"] <= 1
 
 
 TOGETHER = """
@@ -358,7 +360,7 @@ def one_line(capsys, args):
 
 
 def test_a_non_finite_loss_names_the_queries_and_keeps_the_last_good_checkpoint(made, capsys, monkeypatch):
-    real, left = stage.contrastive_loss, [8]
+    real, left = stage.contrastive_loss, [16]  # the second of a step is that without weights
 
     def failing(*args):
         left[0] -= 1

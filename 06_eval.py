@@ -157,7 +157,8 @@ def make_runs(model, name, args, queries, inputs, digests, data):
     """
     tokenizer = args.bm25_tokenizer if model == "bm25" else None
     pool = [args.pool_sample, args.seed] if args.pool == "judged" else None
-    own = {"overwrite": args.overwrite, "limit": args.limit, "depth": args.depth, **flags_given(args),
+    reading = flags_given(args)
+    own = {"overwrite": args.overwrite, "limit": args.limit, "depth": args.depth, **reading,
            "model": name, "pool": pool, "bm25_terms": tokenizer and short_name(tokenizer)}
     ensemble = None
     metas = []
@@ -165,7 +166,7 @@ def make_runs(model, name, args, queries, inputs, digests, data):
         output = Output(Namespace(**own, corpus=digests[lang]), inputs[lang],
                         [m for m in (model, tokenizer) if m], run_path(args.out, name, lang))
         if not output.is_done():
-            ensemble = ensemble or Ensemble([model], data, args.cache, bm25_tokenizer=tokenizer, **flags_given(args))
+            ensemble = ensemble or Ensemble([model], data, args.cache, bm25_tokenizer=tokenizer, **reading)
             hits, _ = ensemble.search(lang, list(queries[lang].values()), args.depth)
             ranking = {query_id: [(hit["docid"], hit["score"]) for hit in found]
                        for query_id, found in zip(queries[lang], hits)}

@@ -311,12 +311,9 @@ class Encoder:
                                 f"infinite as {vectors.dtype}); the model is damaged, take another")
             bar.update(len(rows))
 
-    def empty(self, n, dtype):
-        return np.full((n, self.model.get_embedding_dimension()), np.nan, dtype)
-
     def encode(self, texts, kind):
         """(N, D) float32 vectors."""
-        vectors = self.empty(len(texts), np.float32)
+        vectors = np.full((len(texts), self.model.get_embedding_dimension()), np.nan, np.float32)
         self.fill(vectors, texts, kind)
         return vectors
 
@@ -330,7 +327,8 @@ class Encoder:
         if path.is_file():
             return
         if not partial.is_file():
-            save_rows(partial, self.empty(len(texts), np.float16))
+            width = self.model.get_embedding_dimension()
+            save_rows(partial, np.full((len(texts), width), np.nan, np.float16))
         before = self.n_cut[kind]
         self.fill(load_rows(partial, len(texts), "r+"), texts, kind, bar)
         path.with_suffix(".cut").write_text(str(self.n_cut[kind] - before))

@@ -362,6 +362,25 @@ def test_two_processes_under_torchrun_give_the_bytes_of_one(collection, expected
     assert meta["processes"] == 2
 
 
+def test_an_error_of_one_process_under_torchrun_ends_all_with_its_line(collection, tmp_path):
+    shutil.copytree(collection / "data", tmp_path / "data")
+    lines = (tmp_path / "data/corpus/en.jsonl").read_text("utf-8").splitlines()
+    lines[12] = lines[12][:-5]  # of the second shard, which the second process encodes
+    (tmp_path / "data/corpus/en.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    flags = arguments(collection, tmp_path / "data", tmp_path / "cache", tmp_path)[1]
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER.format(root=str(ROOT)) + f"common.run(lambda: stage.main({flags!r}))\n", "utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(driver)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode and "en.jsonl:13: not a JSON object" in done.stderr
+    assert not (tmp_path / "1.jsonl").exists()
+
+
 KILLED = (
     DRIVER
     + """

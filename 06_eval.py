@@ -9,22 +9,21 @@ Usage   python 06_eval.py --data data/sample --models bm25 models/sample runs/sa
 Cost    one embedding a passage and model, cached; finished runs stay when models or languages are added
 """
 import hashlib
-import heapq
 import json
 from argparse import Namespace
+from array import array
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
-from common import (DataError, Output, Parser, atomic, corpus_files, positive_int, read_lines, read_passages,
-                    read_queries, run, say, short_name)
-from encoder import encoder_flags
+from common import (DataError, Output, Parser, atomic, corpus_files, dump, fetch_passages, positive_int,
+                    read_lines, read_passages, read_queries, read_shards, run, say, short_name)
+from encoder import encoder_flags, flags_given
 from search import Ensemble, check_settings
 
 MEASURES = {"ndcg@10": "ndcg_cut_10", "recall@100": "recall_100"}
 DRAWS = 1000  # bootstrap samples behind the 95% interval
-OF_A_RUN = ("overwrite", "limit", "depth", "query_max_len", "passage_max_len", "settings", "dtype")
 
 
 def build_parser():
@@ -108,30 +107,27 @@ def read_questions(args, queries_path, qrels_paths):
 
 def draw_pool(args, qrels, digests):
     """A folder in the cache with corpus/<lang>.jsonl: every judged passage and --pool-sample others."""
-    judged = {lang: sorted({docid for of_query in of_lang.values() for docid in of_query})
-              for lang, of_lang in qrels.items()}
-    key = json.dumps([judged, args.pool_sample, args.seed, digests], sort_keys=True)
-    folder = Path(args.cache) / "pools" / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
-    for lang in qrels:
+    key = json.dumps([qrels, args.pool_sample, args.seed, digests], sort_keys=True)
+    folder = Path(args.cache) / "pools" / hashlib.blake2b(key.encode()).hexdigest()[:32]
+    for lang, of_lang in qrels.items():
         path = folder / "corpus" / f"{lang}.jsonl"
         if not path.is_file():
+            judged = {docid for of_query in of_lang.values() for docid in of_query}
+            passages = fetch_passages(args.data, lang, pool_rows(args, lang, judged)).values()
             with atomic(path) as temporary:
-                temporary.write_bytes(b"".join(pool_lines(args, lang, set(judged[lang]))))
+                temporary.write_text("".join(map(dump, passages)), "utf-8")
     return folder
 
 
-def pool_lines(args, lang, judged):
-    """The pool's lines of a corpus, in its order; the draw hangs on seed, language and docid alone."""
-    def draws():  # (draw, file, line number, line): those with the smallest are in the pool
-        for path in corpus_files(args.data, lang):
-            for number, line in read_lines(path):
-                docid = next(read_passages(path, [(number, line)]))["docid"]
-                draw = hashlib.blake2b(f"{args.seed}:{lang}:{docid}".encode()).digest()
-                yield b"" if docid in judged else draw, str(path), number, line.rstrip(b"\n") + b"\n"
-
-    pool = heapq.nsmallest(len(judged) + args.pool_sample, draws())  # memory holds the pool, not the corpus
-    n_judged = sum(not draw for draw, *_ in pool)
-    return [line for *_, line in sorted(place[1:] for place in pool[:n_judged + args.pool_sample])]
+def pool_rows(args, lang, judged):
+    """Rows of the pool in a corpus; the draw hangs on seed, language and docid alone."""
+    draws = array("Q")  # the judged have the smallest; memory holds eight bytes a passage
+    for path, lines in read_shards(args.data, lang):
+        for passage in read_passages(path, lines):
+            digest = hashlib.blake2b(f"{args.seed}:{lang}:{passage['docid']}".encode()).digest()
+            draws.append(0 if passage["docid"] in judged else int.from_bytes(digest[:8]))
+    order = np.argsort(draws, kind="stable")
+    return order[:draws.count(0) + args.pool_sample].tolist()
 
 
 # --------------------------------------------------------------------------- runs and measures
@@ -157,21 +153,20 @@ def run_lines(ranking, tag):
 def make_runs(model, name, args, queries, inputs, digests, data):
     """[meta] of a model's run files by language, made where they are missing; the model is loaded once.
 
-    A run hangs on OF_A_RUN and its inputs alone: it outlives other models, languages and baselines.
+    A run hangs on what is in `own` and its inputs alone: it outlives other models, languages and baselines.
     """
     tokenizer = args.bm25_tokenizer if model == "bm25" else None
     pool = [args.pool_sample, args.seed] if args.pool == "judged" else None
-    own = {key: getattr(args, key) for key in OF_A_RUN} | {"model": name, "pool": pool}
-    own["bm25_terms"] = tokenizer and short_name(tokenizer)
+    reading = flags_given(args)
+    own = {"overwrite": args.overwrite, "limit": args.limit, "depth": args.depth, **reading,
+           "model": name, "pool": pool, "bm25_terms": tokenizer and short_name(tokenizer)}
     ensemble = None
     metas = []
     for lang in inputs:
         output = Output(Namespace(**own, corpus=digests[lang]), inputs[lang],
                         [m for m in (model, tokenizer) if m], run_path(args.out, name, lang))
         if not output.is_done():
-            ensemble = ensemble or Ensemble(
-                [model], data, args.cache, "concat", None, tokenizer, args.device, args.query_max_len,
-                args.passage_max_len, args.settings, args.dtype)
+            ensemble = ensemble or Ensemble([model], data, args.cache, bm25_tokenizer=tokenizer, **reading)
             hits, _ = ensemble.search(lang, list(queries[lang].values()), args.depth)
             ranking = {query_id: [(hit["docid"], hit["score"]) for hit in found]
                        for query_id, found in zip(queries[lang], hits)}

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 import os
-import sys
 import unicodedata
 from collections import Counter
 from datetime import timedelta
@@ -40,7 +39,7 @@ def ensemble_flags(parser):
 def from_flags(args):
     check_settings(args.settings, args.retrievers)
     return Ensemble(args.retrievers, args.data, args.cache, args.fusion, args.weights, args.bm25_tokenizer,
-                    args.device, args.query_max_len, args.passage_max_len, args.settings, args.dtype)
+                    **encoder.flags_given(args))
 
 
 def check_settings(settings, models):
@@ -67,20 +66,6 @@ def gather(value):
     values = [None] * world()[1]
     dist.all_gather_object(values, value)
     return values
-
-
-def together(work):
-    """work() in every process; a DataError of one ends all of them, told by the first."""
-    result = failed = None
-    try:
-        result = work()
-    except DataError as error:
-        failed = error
-    for error in filter(None, gather(failed)):
-        if world()[0]:
-            sys.exit(2)
-        raise error
-    return result
 
 
 # --------------------------------------------------------------------------- exact search in one shard
@@ -125,8 +110,7 @@ class Ensemble:
     they share the shards through the cache folder. No result depends on the number of processes.
     """
 
-    def __init__(self, names, data, cache, fusion="concat", weights=None, bm25_tokenizer=None, device="auto",
-                 query_max_len=64, passage_max_len=256, settings=(), dtype=None):
+    def __init__(self, names, data, cache, fusion="concat", weights=None, bm25_tokenizer=None, **reading):
         self.names = [short_name(name) for name in names]
         self.concat = fusion == "concat" and len(names) > 1
         if "bm25" in names and self.concat:
@@ -140,27 +124,16 @@ class Ensemble:
         self.cache = Path(cache)
         self.weights = dict(zip(self.names, weights or [1.0] * len(names)))
         dense = [name for name in names if name != "bm25"]
-        read = query_max_len, passage_max_len, settings, dtype
-        self.encoders = {short_name(name): encoder.Encoder(name, device, *read) for name in dense}
+        self.encoders = {short_name(name): encoder.Encoder(name, **reading) for name in dense}
         self.device = next((e.device for e in self.encoders.values()), "cpu")
         self.bm25 = BM25(self, bm25_tokenizer or next(iter(dense), None)) if "bm25" in names else None
 
     @functools.cache
     def shards(self, lang):
-        """[(key, number of passages)] of a language; docids and vectors are in the cache when it returns."""
-        return together(lambda: self.make_shards(lang))
+        """[(key, number of passages)] of a language; docids and vectors are in the cache when it returns.
 
-    def n_passages(self, lang):
-        return sum(n for _, n in self.shards(lang))
-
-    def docids_file(self, key):
-        return self.cache / "corpus" / f"{key}.npy"
-
-    def vectors_file(self, name, key):
-        return self.cache / "embeddings" / self.encoders[name].fingerprint("passage") / f"passage-{key}.npy"
-
-    def make_shards(self, lang):
-        """Find a language's shards; each process makes what the cache has not of those whose turn it is."""
+        Each process makes what the cache has not of those whose turn it is.
+        """
         rank, size = world()
         shards = []
         corpus = corpus_files(self.data, lang)
@@ -175,12 +148,21 @@ class Ensemble:
         bar.close()
         if not shards:
             raise DataError(f"{corpus[0]}: no passages; make it again, or leave {lang} out with --lang")
+        gather(None)  # until all are made
         return shards
 
+    def n_passages(self, lang):
+        return sum(n for _, n in self.shards(lang))
+
+    def docids_file(self, key):
+        return self.cache / "corpus" / f"{key}.npy"
+
+    def vectors_file(self, name, key):
+        return self.cache / "embeddings" / self.encoders[name].fingerprint("passage") / f"passage-{key}.npy"
+
     def make_shard(self, key, path, lines, bar):
-        """Check a shard's passages; write docids, vectors and how many texts were cut, where missing."""
-        files = {name: self.vectors_file(name, key) for name in self.encoders}
-        missing = [name for name, file in files.items() if not file.is_file() or not cut_file(file).is_file()]
+        """Check a shard's passages; write docids and vectors where they are missing."""
+        missing = [name for name in self.encoders if not self.vectors_file(name, key).is_file()]
         if not missing and self.docids_file(key).is_file():
             return
         passages = list(read_passages(path, lines))
@@ -188,18 +170,14 @@ class Ensemble:
             docids = np.array([passage["docid"].encode() for passage in passages])
             encoder.save_rows(self.docids_file(key), docids)
         for name in missing:
-            e = self.encoders[name]
-            texts = [e.passage_text(passage) for passage in passages]
-            before = e.n_cut["passage"]
-            if files[name].is_file():  # a run was killed before it wrote the count
-                e.tokenize(texts, "passage")
-            e.encode_file(files[name], texts, "passage", bar)
-            cut_file(files[name]).write_text(str(e.n_cut["passage"] - before))
+            texts = [self.encoders[name].passage_text(passage) for passage in passages]
+            self.encoders[name].encode_file(self.vectors_file(name, key), texts, "passage", bar)
 
     def count_cut(self, langs, queries):
         """{retriever: {"query": n, "passage": n}}: of these, how many are longer than what is read."""
+        keys = [key for lang in langs for key, _ in self.shards(lang)]
         for name, e in self.encoders.items():
-            files = [cut_file(self.vectors_file(name, key)) for lang in langs for key, _ in self.shards(lang)]
+            files = [self.vectors_file(name, key).with_suffix(".cut") for key in keys]  # by encode_file
             e.n_cut = {"query": 0, "passage": sum(int(file.read_text()) for file in files)}
             e.n_read = {"query": 0, "passage": sum(map(self.n_passages, langs))}
             e.tokenize(queries, "query")
@@ -224,7 +202,9 @@ class Ensemble:
         for name, e in self.encoders.items():
             texts = items if kind == "query" else [e.passage_text(passage) for passage in items]
             different = self.asked if kind == "query" else list(dict.fromkeys(texts))
-            together(lambda: None if world()[0] else e.encode_cached(different, kind, self.cache))
+            if world()[0] == 0:
+                e.encode_cached(different, kind, self.cache)
+            gather(None)  # the others wait for it
             place = {text: i for i, text in enumerate(different)}
             vectors[name] = e.encode_cached(different, kind, self.cache)[[place[text] for text in texts]]
         return self.compared(vectors, kind)
@@ -245,7 +225,7 @@ class Ensemble:
         if self.bm25:
             lists["bm25"] = self.bm25.search(lang, queries, 2 * depth)
         by_query = [dict(zip(lists, found)) for found in zip(*lists.values())]
-        hits = together(lambda: [self.fuse(lang, found)[:depth] for found in by_query])
+        hits = [self.fuse(lang, found)[:depth] for found in by_query]
         return hits, {name: [[hit[0] for hit in found] for found in lists[name]] for name in self.names}
 
     def dense(self, lang, queries, k):
@@ -290,11 +270,6 @@ class Ensemble:
                 for docid, row, score in fused]
 
 
-def cut_file(vectors_file):
-    """Beside a file of vectors: how many of its texts were longer than what is read; written last."""
-    return vectors_file.with_suffix(".cut")
-
-
 # --------------------------------------------------------------------------- BM25
 
 def words_of(text):
@@ -321,7 +296,7 @@ class BM25:
 
     def __init__(self, ensemble, tokenizer=None):
         self.ensemble = ensemble
-        self.tokenizer = tokenizer and encoder.load_tokenizer(encoder.model_folder(tokenizer))
+        self.tokenizer = tokenizer and encoder.load_tokenizer(tokenizer)
         self.words = {}  # {number: sub-word} of those with a letter, mark or digit, or a byte of one
         special = self.tokenizer.all_special_ids if tokenizer else ()
         for i in range(len(self.tokenizer or ())):

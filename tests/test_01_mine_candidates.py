@@ -362,6 +362,25 @@ def test_two_processes_under_torchrun_give_the_bytes_of_one(collection, expected
     assert meta["processes"] == 2
 
 
+def test_an_error_of_one_process_under_torchrun_ends_all_with_its_line(collection, tmp_path):
+    shutil.copytree(collection / "data", tmp_path / "data")
+    lines = (tmp_path / "data/corpus/en.jsonl").read_text("utf-8").splitlines()
+    lines[12] = lines[12][:-5]  # of the second shard, which the second process encodes
+    (tmp_path / "data/corpus/en.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    flags = arguments(collection, tmp_path / "data", tmp_path / "cache", tmp_path)[1]
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER.format(root=str(ROOT)) + f"common.run(lambda: stage.main({flags!r}))\n", "utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(driver)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode and "en.jsonl:13: not a JSON object" in done.stderr
+    assert not (tmp_path / "1.jsonl").exists()
+
+
 KILLED = (
     DRIVER
     + """
@@ -591,11 +610,6 @@ def test_texts_that_are_cut_are_counted_with_vectors_made_and_with_vectors_from_
         assert meta["cut"] == {"first": {"query": 1, "passage": len(CORPUS)}}
         told = capfd.readouterr().err
         assert "cut at 3 tokens" in told
-    for count in (tmp_path / "cache").glob("embeddings/*/*.cut"):
-        count.unlink()  # as if the run had been killed before it wrote them
-    run_mine(words, tmp_path, "--passage-max-len", 3, "--query-max-len", 3)
-    assert json.loads((tmp_path / "out.jsonl.meta.json").read_text("utf-8"))["cut"] == meta["cut"]
-    capfd.readouterr()
     run_mine(words, tmp_path)
     meta = json.loads((tmp_path / "out.jsonl.meta.json").read_text("utf-8"))
     assert meta["cut"] == {"first": {"query": 0, "passage": 0}} and "cut at" not in capfd.readouterr().err

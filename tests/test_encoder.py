@@ -326,26 +326,6 @@ def test_inputs_are_cut_at_the_shortest_limit_and_counted(tmp_path, capsys):
     )
 
 
-def test_positions_that_are_counted_from_the_padding_on_are_fewer(tmp_path):
-    from transformers import XLMRobertaConfig, XLMRobertaModel
-
-    folder = random_bert(tmp_path / "model", WORDS)
-    XLMRobertaModel(
-        XLMRobertaConfig(
-            vocab_size=210,
-            hidden_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=64,
-            max_position_embeddings=66,
-        )
-    ).save_pretrained(folder)
-    ours = Encoder(folder, "cpu", 128, 128)
-    assert (
-        ours.max_len["passage"] == 64 and np.isfinite(ours.encode([" ".join(["w1"] * 200)], "passage")).all()
-    )
-
-
 # --------------------------------------------------------------------------- what is refused
 
 
@@ -485,7 +465,7 @@ KILLED = """
 import sys
 sys.path[:0] = [{root!r}]
 import encoder
-encoder.SAVE_S, encoder.CPU_TOKENS = 0, 500
+encoder.CPU_TOKENS = 500
 forward, n = encoder.Encoder.forward, [0]
 def slow(self, token_ids, kind):
     n[0] += 1

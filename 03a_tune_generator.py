@@ -6,7 +6,7 @@ Source  Sec. 3.4: Alpaca's summarisation instructions, translated into every lan
 Reads   INSTRUCTIONS: chat JSONL {lang, messages: [{role, content}, ...]}, or Alpaca's {instruction, input,
         output} as .json list or JSONL, of which the summarisation instructions with an input are taken
 Writes  with --translate: OUT, chat JSONL in those languages, through the server that stage 03 uses
-        else: OUT/ a LoRA adapter with its tokenizer; --merge: OUT/merged/, a plain folder; OUT.log.jsonl
+        else: OUT/ a LoRA adapter with tokenizer and trainer_state.json; --merge: OUT/merged/, a plain model
 Usage   python 03a_tune_generator.py --instructions alpaca_data.json --translate sw --llm NAME --out F.jsonl
         [torchrun --nproc-per-node G] 03a_tune_generator.py --base MODEL --instructions F.jsonl --out TUNED
         vllm serve MODEL --enable-lora --lora-modules generator=TUNED, or transformers serve TUNED/merged
@@ -15,7 +15,6 @@ Cost    up to 3 calls a text and language, cached; training: seconds with the to
 import asyncio
 import contextlib
 import hashlib
-import json
 import math
 import os
 import random
@@ -26,7 +25,7 @@ from collections import Counter
 from pathlib import Path
 
 import common
-from common import DataError, Output, Parser, positive_int, say, share
+from common import DataError, Output, Parser, positive_int, say
 from llm import LLM, in_order, labelled
 
 SUMMARISATION = re.compile(r"summar|condense|shorten|key (?:point|idea|takeaway)|main (?:point|idea)|"
@@ -37,6 +36,8 @@ nothing else."""
 TRIES = 3            # translations asked for until one is in the language
 MIN_LANGUAGE = 0.5   # least probability of the language, between it and English
 MAX_LOST = 0.5       # share of a language's samples that may get no usable translation
+WARMUP = 0.1         # share of the steps in which the learning rate rises (release)
+DEV_SHARE = 0.05     # of the examples, held out to watch the loss
 # For a base model that has none; it goes into OUT with the tokenizer, so that servers use the same.
 CHAT_TEMPLATE = ("{% for message in messages %}{{ '### ' + message['role'] + '\n' + message['content'] }}"
                  "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}{% endfor %}"
@@ -56,59 +57,42 @@ def build_parser():
     flag("--base", metavar="MODEL", help="causal LM to tune, folder or hub id; paper: Llama-3.1-70B")
     flag("--rank", type=positive_int, default=8, help="LoRA rank (release); alpha is twice the rank")
     flag("--lr", type=common.positive_float, default=1e-3, help="highest learning rate (release)")
-    flag("--warmup", type=share, default=0.1, help="share of the steps in which it rises (release)")
     flag("--epochs", type=positive_int, default=5, help="passes over the instructions (release)")
     flag("--batch-size", type=positive_int, default=4, help="examples a forward pass (release)")
     flag("--accumulation", type=positive_int, default=4, help="batches a step (release), of all processes")
     flag("--max-len", type=positive_int, default=2048, help="tokens of an example, the rest is cut (release)")
-    flag("--dev-share", type=share, default=0.05, help="share of the examples held out to watch the loss")
     flag("--merge", action="store_true", help="also write OUT/merged/: the base model with the adapter added")
-    flag("--save-every", type=positive_int, default=50, help="steps between checkpoints")
-    flag("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to train")
+    flag("--device", default="auto", choices=["auto", "cpu"], help="auto: on a GPU where there is one")
     flag("--out", required=True, metavar="PATH", help="adapter folder; with --translate: chat JSONL")
     return parser
 
 
 def numbered_records(path):
     """Yield (where, record) of JSONL, or of a JSON list as in alpaca_data.json."""
-    lines = common.read_lines(path)
     if Path(path).suffix == ".json":
-        try:
-            records = json.loads(b"".join(line for _, line in lines))
-        except ValueError as error:
-            raise DataError(f"{path}: not JSON ({error}); fetch it again, or name it .jsonl") from None
-        lines = [(number, common.dump(record).encode()) for number, record in enumerate(records, 1)]
-    for number, line in lines:
-        yield f"{path}:{number}", common.parse_line(path, number, line)
-
-
-def chat(instruction, text, answer):
-    return [{"role": "user", "content": f"{instruction.strip()}\n\n{text.strip()}"},
-            {"role": "assistant", "content": answer.strip()}]
-
-
-def is_chat(messages):
-    """Whether these are messages [{role, content}, ...] that end with an answer of the assistant."""
-    try:
-        texts = [message[key].strip() for message in messages for key in ("role", "content")]
-    except (AttributeError, KeyError, TypeError):
-        return False
-    return len(texts) > 2 and texts[-2] == "assistant" and texts[-1] != ""
+        for number, record in enumerate(common.read_json(Path(path)), 1):
+            yield f"{path}: record {number}", record
+    else:
+        for number, line in common.read_lines(path):
+            yield f"{path}:{number}", common.parse_line(path, number, line)
 
 
 def read_instructions(args):
     """[{lang, messages}] of the file, in order; of Alpaca's records a sample of those that summarise."""
     chats, alpaca = [], []
     for where, record in numbered_records(args.instructions):
-        texts = [record.get(key) for key in ("instruction", "input", "output")]
-        if "messages" in record:
-            if not is_chat(record["messages"]):
+        match record:
+            case {"messages": [_, *_, {"role": "assistant", "content": str(answer)}]} if answer.strip():
+                chats.append({"lang": record.get("lang", "en"), "messages": record["messages"]})
+            case {"messages": _}:
                 raise DataError(f"{where}: want messages [{{role, content}}, ...] that end with an answer")
-            chats.append({"lang": record.get("lang", "en"), "messages": record["messages"]})
-        elif not all(isinstance(text, str) for text in texts):
-            raise DataError(f"{where}: neither chat (messages) nor Alpaca's (instruction, input, output)")
-        elif SUMMARISATION.search(texts[0]) and texts[1].strip() and texts[2].strip():
-            alpaca.append({"lang": "en", "messages": chat(*texts)})
+            case {"instruction": str(instruction), "input": str(text), "output": str(answer)}:
+                if SUMMARISATION.search(instruction) and text.strip() and answer.strip():
+                    alpaca.append({"lang": "en", "messages": [
+                        {"role": "user", "content": f"{instruction.strip()}\n\n{text.strip()}"},
+                        {"role": "assistant", "content": answer.strip()}]})
+            case _:
+                raise DataError(f"{where}: neither chat (messages) nor Alpaca's (instruction, input, output)")
     if len(alpaca) > args.samples:
         alpaca = random.Random(f"{args.seed}:samples").sample(alpaca, args.samples)
     records = [record for record in chats + alpaca if not args.lang or record["lang"] in args.lang]
@@ -122,10 +106,10 @@ async def translate(text, lang, llm, identifier, counts, seed):
     language = common.LANGUAGES.get(lang, lang)
     messages = [{"role": "system", "content": TRANSLATE.format(language=language)},
                 {"role": "user", "content": f"Language: {language}\n{labelled(Text=text)}"}]
-    for attempt in range(TRIES):  # the first without chance, the others with a seed
-        settings = {"temperature": 0.7, "seed": seed + attempt} if attempt else {"temperature": 0}
-        answer = await llm.ask(messages, max_tokens=2048, **settings)
-        if answer and (identifier is None or dict(identifier.rank(answer))[lang] >= MIN_LANGUAGE):
+    for attempt in range(TRIES):  # the first without chance
+        temperature = 0.7 if attempt else 0
+        answer = await llm.ask(messages, max_tokens=2048, temperature=temperature, seed=seed + attempt)
+        if answer and dict(identifier.rank(answer)).get(lang, 1) >= MIN_LANGUAGE:
             return answer
         counts["another language" if answer else "empty"] += 1
     return None
@@ -138,10 +122,8 @@ async def translate_all(args, output):
     async with LLM(args.llm, args.cache, args.base_url, args.concurrency) as llm:
         for lang in common.progress(args.translate, desc="translate", unit="language"):
             identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-            if lang in identifier.labels:
+            if lang in identifier.labels:  # it can tell
                 identifier.set_languages([lang, "en"])
-            else:
-                identifier = None  # nobody can tell
             counts[lang] = Counter()
 
             async def one(record):
@@ -183,21 +165,20 @@ def tokenize(records, tokenizer, max_len):
     return examples
 
 
-def load_base(name, on_gpu):
+def load_base(name, device):
     """(causal LM, tokenizer with a chat template), in bf16 on a GPU and float32 on a CPU."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    on_gpu = device != "cpu" and torch.cuda.is_available()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if on_gpu else torch.float32)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{name}: no causal language model with a tokenizer ({str(error)[:120]}); check "
                         "--base, HF_TOKEN and the network") from None
-    if tokenizer.eos_token is None:
-        raise DataError(f"{name}: no end-of-text token, so answers would never end; set eos_token")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if not tokenizer.chat_template:
         say(f"{name}: no chat template; a plain one is used, and saved with the adapter")
@@ -205,48 +186,44 @@ def load_base(name, on_gpu):
     return model, tokenizer
 
 
-def make_trainer(args, model, tokenizer, train_set, dev_set, checkpoints, on_gpu):
+def make_trainer(args, model, tokenizer, train_set, dev_set, checkpoints):
     """transformers' Trainer with the release's settings; a step is the same, however many share it."""
     from peft import LoraConfig, get_peft_model
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.accumulation % world:
-        raise DataError(f"--accumulation {args.accumulation} batches a step cannot be dealt out to {world} "
-                        "processes; change it, or --nproc-per-node")
+        raise DataError(f"--accumulation {args.accumulation} is not divisible by {world} processes")
+    in_bf16 = model.dtype.itemsize == 2  # as it is loaded on a GPU
     settings = TrainingArguments(
-        output_dir=checkpoints, save_steps=args.save_every, save_total_limit=2, seed=args.seed,
-        use_cpu=not on_gpu, bf16=on_gpu, num_train_epochs=args.epochs, learning_rate=args.lr,
-        lr_scheduler_type="cosine", warmup_steps=args.warmup, weight_decay=0.0, max_grad_norm=1.0,
+        output_dir=checkpoints, save_strategy="epoch", save_total_limit=2, seed=args.seed,
+        use_cpu=not in_bf16, bf16=in_bf16, num_train_epochs=args.epochs, learning_rate=args.lr,
+        lr_scheduler_type="cosine", warmup_steps=WARMUP, eval_strategy="epoch", eval_on_start=True,
         per_device_train_batch_size=args.batch_size, per_device_eval_batch_size=args.batch_size,
         gradient_accumulation_steps=args.accumulation // world, ddp_find_unused_parameters=False,
         activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": False},
-        eval_strategy="epoch" if dev_set else "no", eval_on_start=bool(dev_set), logging_steps=10,
-        logging_nan_inf_filter=False, report_to="none", disable_tqdm=not sys.stderr.isatty())
+        logging_steps=10, logging_nan_inf_filter=False, report_to="none",
+        disable_tqdm=not sys.stderr.isatty())
     set_seed(args.seed)  # the adapter's first weights
     lora = LoraConfig("CAUSAL_LM", r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear")
     collator = DataCollatorForSeq2Seq(tokenizer)  # pads labels, too
-    return Trainer(get_peft_model(model, lora), settings, collator, train_set, dev_set or None)
+    return Trainer(get_peft_model(model, lora), settings, collator, train_set, dev_set)
 
 
 def tune(args, output):
     """Train the adapter and write OUT, on one device or as one process of torchrun."""
-    import torch
     if "WORLD_SIZE" not in os.environ:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # Trainer would take all, and enlarge the step
-    on_gpu = args.device != "cpu" and torch.cuda.is_available()
-    if args.device == "cuda" and not on_gpu:
-        raise DataError("--device cuda: torch finds none here; leave it out to train on the CPU")
     records = read_instructions(args)
-    model, tokenizer = load_base(args.base, on_gpu)
+    model, tokenizer = load_base(args.base, args.device)
     examples = tokenize(records, tokenizer, args.max_len)
-    if not examples:
-        raise DataError(f"{args.instructions}: no prompt is under {args.max_len} tokens; raise --max-len")
+    if len(examples) < 2:
+        raise DataError(f"{args.instructions}: want 2 prompts under {args.max_len} tokens; raise --max-len")
     random.Random(f"{args.seed}:dev").shuffle(examples)
-    n_dev = min(len(examples) - 1, round(args.dev_share * len(examples)))
+    n_dev = math.ceil(DEV_SHARE * len(examples))
     dev_set, train_set = examples[:n_dev], examples[n_dev:]
     run_key = hashlib.blake2b(output.key(output.meta).encode(), digest_size=8).hexdigest()
     checkpoints = Path(f"{args.out}.checkpoint") / run_key  # they belong to one input, base and settings
-    trainer = make_trainer(args, model, tokenizer, train_set, dev_set, checkpoints, on_gpu)
+    trainer = make_trainer(args, model, tokenizer, train_set, dev_set, checkpoints)
     whole = [path.parent for path in checkpoints.glob("*/trainer_state.json")]  # Trainer writes it last
     last = max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
     say(f"going on from {last}" if last else f"{len(train_set)} examples, {len(dev_set)} held out")
@@ -259,41 +236,29 @@ def tune(args, output):
     with common.atomic_folder(args.out) as temporary:
         trainer.model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-    with common.atomic(f"{args.out}.log.jsonl") as temporary:
-        temporary.write_text("".join(map(common.dump, trainer.state.log_history)), "utf-8")
-    losses = [round(row["eval_loss"], 4) for row in trainer.state.log_history if "eval_loss" in row] or [None]
+        trainer.state.save_to_json(temporary / "trainer_state.json")
+        if args.merge:
+            merged = trainer.model.merge_and_unload()
+            merged.generation_config.update(do_sample=True, temperature=0.7, top_p=0.9)  # not greedy
+            merged.save_pretrained(temporary / "merged")
+            tokenizer.save_pretrained(temporary / "merged")
+    losses = [round(row["eval_loss"], 4) for row in trainer.state.log_history if "eval_loss" in row]
     output.finish(steps=result.global_step, examples=len(train_set), cut_off=len(records) - len(examples),
-                  held_out=len(dev_set), held_out_loss_before=losses[0], held_out_loss_after=losses[-1],
-                  by_lang=Counter(record["lang"] for record in records))
+                  held_out=len(dev_set), held_out_loss_before=losses[0], held_out_loss_after=losses[-1])
     shutil.rmtree(checkpoints.parent)
-
-
-def merge(base, adapter, folder):
-    """Write base + adapter as a plain folder that any server loads."""
-    from peft import PeftModel
-    model, tokenizer = load_base(base, on_gpu=False)
-    model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    model.generation_config.update(do_sample=True, temperature=0.7, top_p=0.9)  # or servers may be greedy
-    with common.atomic_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
 
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
     if not (args.llm if args.translate else args.base):
         raise DataError("want --base MODEL, to tune it, or --translate CODE ... --llm NAME; see --help")
-    wanted = vars(args).pop("merge")  # an adapter that is there already is only merged
     output = Output(args, [args.instructions], [args.base] if args.base else [])
-    if not output.is_done():
-        if args.translate:
-            asyncio.run(translate_all(args, output))
-        else:
-            tune(args, output)
-    merged = Path(args.out) / "merged"
-    if wanted and args.base and os.environ.get("RANK", "0") == "0" and not merged.exists():
-        merge(args.base, args.out, merged)
-        say(f"{merged}: base and adapter in one, for any server")
+    if output.is_done():
+        return
+    if args.translate:
+        asyncio.run(translate_all(args, output))
+    else:
+        tune(args, output)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Report of a run: its tables beside the paper's, and figures.
 
-Source  Sec. 4: Tables 1, 8 and 13, as far as the run has them, with the paper's numbers (paper.json) beside
-        ours. They are of full MIRACL, the paper's judge and encoders: a reference, and the report says so
+Source  Sec. 4: Tables 1, 8 and 13, with the paper's numbers (paper.json) beside ours as a reference
 Reads   RUN/eval/metrics.json, RUN/*.meta.json, RUN/topics.jsonl, RUN/model/train_log.jsonl; what is not there
         is left out, and the report says so
 Writes  OUT/report.md, OUT/figures/{scores,removed,loss}.png; "ours" is the last of 06_eval.py's --models
@@ -38,7 +37,7 @@ def build_parser():
 # --------------------------------------------------------------------------- what the stages left
 
 def gather(folder, lang=None, limit=None):
-    """({name: content, empty where there is none}, [files that were read], [those that are missing])."""
+    """({name: content, empty where there is none}, [files that were read])."""
     paths = {name: folder / file for name, file in FILES.items()}
     there = [path for path in paths.values() if path.is_file()]
     if not there:
@@ -49,7 +48,7 @@ def gather(folder, lang=None, limit=None):
         found["log"] = [parse_line(paths["log"], number, line) for number, line in read_lines(paths["log"])]
     if paths["records"] in there:
         found["records"] = count_records(paths["records"], lang, limit)
-    return found, there, [path for path in paths.values() if path not in there]
+    return found, there
 
 
 def count_records(path, lang, limit):
@@ -86,10 +85,6 @@ def markdown(header, rows):
 
 def named(lang):
     return f"{LANGUAGES.get(lang, lang)} ({lang})"
-
-
-def p_text(p):
-    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
 
 
 def score_table(found, measure, paper):
@@ -133,7 +128,7 @@ def tested(test, part):
     else:
         return ["", ""]
     ends = " to ".join(f"{100 * end:+.1f}" for end in result["ci95"])
-    p = p_text(result["p"]).removeprefix("= ")
+    p = "< 0.001" if result["p"] < 0.001 else f"{result['p']:.3f}"
     return [ends, f"**{p}**" if result["p"] < 0.05 else p]
 
 
@@ -204,37 +199,19 @@ def topics_table(found):
     return markdown(["topic", "queries", "%", "languages", "titles that are most its own"], rows)
 
 
-def training_table(found):
-    told = found["model"]["arguments"] | found["model"]["counts"]
-    rows = [[key.replace("_", " "), f"`{value}`"] for key, value in told.items()
-            if value is not None and not isinstance(value, (dict, list))]
-    return markdown(["training", "value"], rows)
-
-
 # --------------------------------------------------------------------------- figures, readable in grey
 
-def canvas(title, note):
-    """(figure, axis) with the finding as the title and, where there is one, a note below it."""
+def save_figure(draw, found, path, note):
+    """Draw a figure with its finding as the title and a note below it; returns the title."""
     import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    pyplot.rcParams |= {"hatch.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False}
-    figure, axis = pyplot.subplots(figsize=(11, 4.5), layout="constrained")
-    lines = textwrap.wrap(title, 110) + textwrap.wrap(f"({note})" if note else "", 110)
-    figure.suptitle(drawable("\n".join(lines)), fontsize=11)
-    return figure, axis
-
-
-def drawable(text):
-    """Folders may be named in scripts that the font does not have."""
-    return text.encode("ascii", "replace").decode()
-
-
-def save(figure, path):
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
+    matplotlib.rcParams |= {"hatch.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False}
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    title = draw(found, figure.subplots())
+    figure.suptitle("\n".join(textwrap.wrap(title, 110) + textwrap.wrap(note, 110)), fontsize=11)
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
-    pyplot.close(figure)
+    return title
 
 
 def draw_bars(axis, labels, series, unit):
@@ -242,15 +219,15 @@ def draw_bars(axis, labels, series, unit):
     width = 0.8 / len(series)
     for i, (name, values) in enumerate(series.items()):
         places = np.arange(len(labels)) + (i - (len(series) - 1) / 2) * width
-        look = LOOKS[i] if i < len(series) - 1 else LOOKS[-1]
-        axis.bar(places, values, width, label=drawable(name), edgecolor="black", linewidth=0.6, **look)
+        look = LOOKS[i - len(series)]  # the last of them for ours
+        axis.bar(places, values, width, label=name, edgecolor="black", linewidth=0.6, **look)
     axis.set_xticks(range(len(labels)), labels)
     axis.axvline(len(labels) - 1.5, color="black", linewidth=0.8, linestyle=":")
     axis.set(xlabel="language (* zero-shot: no training queries)", ylabel=unit)
     axis.legend(ncols=len(series), frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
 
 
-def scores_figure(found, path, note):
+def scores_figure(found, axis):
     ours, models, test, langs = evaluated(found)
     names = [name for name in models if name in ("bm25", ours, test["vs"] if test else "")]
     scores = {name: [100 * models[name][lang]["ndcg@10"] for lang in langs] for name in names}
@@ -260,32 +237,26 @@ def scores_figure(found, path, note):
     if test:
         gains = np.subtract(scores[ours], scores[test["vs"]])
         side = "above" if gains[-1] > 0 else "below"
-        p = f" (p {p_text(test['p'])})" if len(langs) == len(test["by_lang"]) else ""
-        title = (f"Ours is {abs(gains[-1]):.1f} nDCG@10 {side} {test['vs']} on average{p}: better in "
+        title = (f"Ours is {abs(gains[-1]):.1f} nDCG@10 {side} {test['vs']} on average: better in "
                  f"{sum(gains[:-1] > 0)} of {len(langs)} languages")
-    figure, axis = canvas(title, note)
-    zero_shot = found["metrics"]["settings"]["zero_shot"]
-    labels = [lang + "*" if lang in zero_shot else lang for lang in langs]
+    labels = [lang + "*" if lang in found["metrics"]["settings"]["zero_shot"] else lang for lang in langs]
     draw_bars(axis, [*labels, "avg"], scores, "nDCG@10 (%)")
-    save(figure, path)
     return title
 
 
-def removed_figure(found, path, note):
+def removed_figure(found, axis):
     share = {lang: percent for lang, (_, _, percent) in removed_shares(found).items()}
     by_share = sorted(set(share) - {"all"}, key=share.get)
     low, top = by_share[0], by_share[-1]
     title = (f"The judge removes {share['all']:.1f}% of the candidates, from {share[low]:.1f}% ({low}) to "
              f"{share[top]:.1f}% ({top}); the paper's, on its data, {ELIMINATED['all']}%")
-    figure, axis = canvas(title, note)
     series = {"paper, Table 8 (full MIRACL, its judge)": [ELIMINATED.get(lang, np.nan) for lang in share],
               "this run": list(share.values())}
     draw_bars(axis, list(share), series, "removed candidates (%)")
-    save(figure, path)
     return title
 
 
-def loss_figure(found, path, note):
+def loss_figure(found, axis):
     steps = [line for line in found["log"] if "loss" in line]
     dev = [line for line in found["log"] if "dev" in line]
     loss = [line["loss"] for line in steps]
@@ -296,13 +267,11 @@ def loss_figure(found, path, note):
         best = max(dev, key=lambda line: line["dev_mrr@10"])
         title += (f"; held-out queries rank best after epoch {best['epoch']:g} of {dev[-1]['epoch']:g}: "
                   f"MRR@10 {best['dev_mrr@10']:.2f}, at the end {dev[-1]['dev_mrr@10']:.2f}")
-    figure, axis = canvas(title, note)
     at = [line["step"] for line in steps]
     axis.plot(at, loss, ".", color="0.7", markersize=3, label="one step (one language)")
     axis.plot(at[window - 1:], smooth, "-", color="black", label=f"mean of {window} steps")
     axis.set(xlabel="optimiser step", ylabel="loss (nats)")
     axis.legend(frameon=False)
-    save(figure, path)
     return title
 
 
@@ -325,44 +294,41 @@ def notes(found):
     return said
 
 
-def compose(found, missing, folder, out):
+def compose(found, folder, out):
     """The report's text; makes the figures. A part whose files are missing is named as left out."""
-    records, losses = found["records"], any("loss" in line for line in found["log"])
     scored = found["metrics"] and evaluated(found)[-1]
     removed = removed_shares(found)
     parts = [("Scores by language (Table 1)", scored, score_tables, "scores", scores_figure),
              ("False negatives removed (Table 8)", removed, removed_table, "removed", removed_figure),
-             ("Where the negatives come from", records, sources_table, "", None),
-             ("Topics (Table 13)", records and records["topics"], topics_table, "", None),
-             ("Training", found["model"], training_table, "loss" if losses else "", loss_figure)]
+             ("Where the negatives come from", found["records"], sources_table, "", None),
+             ("Topics (Table 13)", found["records"].get("topics"), topics_table, "", None),
+             ("Training", found["log"], None, "loss", loss_figure)]
     said = notes(found)
-    note = "; ".join(short for short, _ in said)
+    note = f"({'; '.join(short for short, _ in said)})" if said else ""
     text = [f"# Report of `{short_name(folder)}`", *(sentence for _, sentence in said)]
     left_out = [heading for heading, content, *_ in parts if not content]
     if left_out:
         text.append(f"**Left out**: {'; '.join(left_out)}.")
-    if missing:
-        text.append("Missing files: " + ", ".join(f"`{path}`" for path in missing) + ".")
     for heading, content, table, name, draw in parts:
         if content:
             text.append(f"## {heading}")
             if name:
-                title = draw(found, out / "figures" / f"{name}.png", note)
-                text.append(f"![{title}](figures/{name}.png)\n\n*{title}.{f' ({note})' if note else ''}*")
-            text.append(table(found))
+                title = save_figure(draw, found, out / "figures" / f"{name}.png", note)
+                text += [f"![{title}](figures/{name}.png)", f"*{f'{title}. {note}'.strip()}*"]
+            if table:
+                text.append(table(found))
     return "\n\n".join(text) + "\n"
 
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
     folder, out = Path(args.run), Path(args.out)
-    found, inputs, missing = gather(folder, args.lang, args.limit)
+    found, inputs = gather(folder, args.lang, args.limit)
     output = Output(args, inputs, out=out / "report.md")
     if output.is_done():
         return
-    text = compose(found, missing, folder, out)
-    output.write_lines([text])
-    output.finish(figures=text.count("](figures/"), missing=len(missing))
+    output.write_lines([compose(found, folder, out)])
+    output.finish()
 
 
 if __name__ == "__main__":

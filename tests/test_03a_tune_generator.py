@@ -75,8 +75,6 @@ def tune(top, out, *args, **env):
         1e-2,
         "--epochs",
         6,
-        "--dev-share",
-        0.1,
         "--out",
         top / out,
         *args,
@@ -96,7 +94,8 @@ def top(tmp_path_factory):
 
 
 def test_the_loss_on_held_out_instructions_falls(top):
-    losses = [row["eval_loss"] for row in read(top / "adapter.log.jsonl") if "eval_loss" in row]
+    log = json.loads((top / "adapter/trainer_state.json").read_text("utf-8"))["log_history"]
+    losses = [row["eval_loss"] for row in log if "eval_loss" in row]
     print("held-out loss:", losses)
     assert len(losses) == 7 and losses[-1] < 0.4 * losses[0]
 
@@ -134,18 +133,14 @@ def test_a_killed_run_goes_on_to_the_same_weights(top):
         "0.01",
         "--epochs",
         "6",
-        "--dev-share",
-        "0.1",
         "--out",
         top / "again",
-        "--save-every",
-        "3",
     ]
     process = subprocess.Popen(
         list(map(str, command)), env=os.environ | ONE_THREAD, stderr=subprocess.DEVNULL
     )
     checkpoints = top / "again.checkpoint"
-    while not list(checkpoints.glob("*/checkpoint-3/trainer_state.json")) and process.poll() is None:
+    while not list(checkpoints.glob("*/checkpoint-6/trainer_state.json")) and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -177,8 +172,6 @@ def test_flags_change_the_weights(top, capsys):
                 "20",
                 "--epochs",
                 "2",
-                "--dev-share",
-                "0",
                 "--out",
                 str(out),
                 *flags,
@@ -198,17 +191,9 @@ def test_flags_change_the_weights(top, capsys):
         ["--batch-size", "2"],
         ["--accumulation", "2"],
         ["--max-len", "109"],
-        ["--warmup", "0"],
-        ["--dev-share", "0.2"],
     ):
         assert weights(*flags) != usual, flags
     assert capsys.readouterr().out == ""  # Trainer's log goes to stderr
-
-
-def test_a_device_that_is_not_there_is_one_line_and_exit_2(top):
-    done = tune(top, "nowhere", "--device", "cuda", CUDA_VISIBLE_DEVICES="")
-    assert done.returncode == 2 and "--device cuda" in done.stderr.splitlines()[-1]
-    assert not list(top.glob("nowhere*"))
 
 
 def test_two_processes_make_the_steps_of_one(top):
@@ -225,12 +210,8 @@ def test_two_processes_make_the_steps_of_one(top):
         1,
         "--lr",
         1e-3,
-        "--dev-share",
-        0,
-        "--warmup",
-        0,
         "--limit",
-        32,
+        34,  # 2 are held out
     ]
     load_stage("03a_tune_generator").main([*map(str, args), "--out", str(top / "one")])
     two = subprocess.run(
@@ -404,7 +385,11 @@ def test_the_loss_is_on_the_answer_only(tmp_path):
     from transformers import AutoTokenizer
 
     stage = load_stage("03a_tune_generator")
-    chat = {"lang": "en", "messages": stage.chat("Summarize.", "Accra is big.", "Big.")}
+    messages = [
+        {"role": "user", "content": "Summarize.\n\nAccra is big."},
+        {"role": "assistant", "content": "Big."},
+    ]
+    chat = {"lang": "en", "messages": messages}
     tokenizer = AutoTokenizer.from_pretrained(
         tiny_lm.make(tmp_path / "lm", ["Accra is big. Summarize."], steps=0)
     )

@@ -115,13 +115,13 @@ def text_of(client, prompt, **options):
     return ask(client, prompt, **options).choices[0].message.content
 
 
-def http(url, path, body=None, method=None):
-    """(status, headers, parsed JSON) of one plain request; a body makes it a POST."""
+def http(url, path, body=None):
+    """(status, bytes) of one plain request; a body makes it a POST."""
     connection = HTTPConnection(url.split("/")[2], timeout=10)
     try:
-        connection.request(method or ("POST" if body is not None else "GET"), path, body)
+        connection.request("POST" if body is not None else "GET", path, body)
         answer = connection.getresponse()
-        return answer.status, answer.headers, json.loads(answer.read())
+        return answer.status, answer.read()
     finally:
         connection.close()
 
@@ -129,9 +129,8 @@ def http(url, path, body=None, method=None):
 CHAT = "/v1/chat/completions"
 
 
-def test_models_and_health_are_listed(url, client):
+def test_its_model_is_listed(client):
     assert [model.id for model in client.models.list()] == ["offline-stand-in"]
-    assert http(url, "/health")[0] == http(url, "/v1/models")[0] == 200
 
 
 @pytest.mark.parametrize("response_format", BOTH_FORMATS, ids=["json_schema", "json_object"])
@@ -200,19 +199,7 @@ def test_a_passage_of_one_sentence_is_shortened_and_yields_a_negative(client, pa
         ("Tell me a joke.", {}, "messages"),
         ('Question: not a JSON string\nCandidate passage: "x"', {}, "messages"),
         ('Question: ["a"]\nCandidate passage: "x"', {}, "messages"),
-        ('Question: "a"\nQuestion: "b"\nCandidate passage: "x"', {}, "messages"),
-        (judge_prompt("a", "b", "c"), {"stream": True}, "stream"),
-        (judge_prompt("a", "b", "c"), {"max_tokens": 0}, "max_tokens"),
-        (
-            judge_prompt("a", "b", "c"),
-            {
-                "response_format": {
-                    "type": "json_schema",
-                    "json_schema": {"name": "x", "schema": {"type": "object", "required": ["verdict"]}},
-                }
-            },
-            "response_format",
-        ),
+        ([{"type": "text", "text": "a part"}], {}, "messages"),
         (lines(Summary="a b c"), {"response_format": {"type": "json_object"}}, "response_format"),
     ],
 )
@@ -232,15 +219,15 @@ def test_what_it_cannot_do_is_refused_with_openais_error_body(client, prompt, op
         (CHAT, b"[" * 90000, 400),
         (CHAT, b"\xff\xfe\xfd", 400),
         (CHAT, b'{"model": "m", "messages": [7]}', 400),
-        (CHAT, b'{"model": "m", "messages": [{"role": "user", "content": [{"text": 7}]}]}', 400),
+        (CHAT, b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "max_tokens": []}', 400),
+        (CHAT, b'{"model": "m", "messages": []}', 400),
         (CHAT, b" " * (5 << 20), 413),
     ],
 )
-def test_a_bad_request_gets_its_status_and_an_error_body(url, path, body, status):
-    got, headers, answer = http(url, path, body)
-    assert got == status and set(answer["error"]) == {"message", "type", "param", "code"}
-    assert headers["Content-Type"] == "application/json"
-    assert status != 405 or headers["Allow"] == "POST"
+def test_a_bad_request_gets_its_status_and_what_is_no_chat_an_error_body(url, path, body, status):
+    got, answer = http(url, path, body)
+    assert got == status
+    assert status != 400 or set(json.loads(answer)["error"]) == {"message", "type", "param", "code"}
 
 
 def test_what_is_no_http_is_refused(url):
@@ -254,7 +241,7 @@ def test_a_connection_is_kept_alive_also_after_an_error(url):
     connection = HTTPConnection(url.split("/")[2], timeout=10)
     connection.connect()
     sock = connection.sock
-    for status, path, body in ((400, CHAT, b"{}"), (400, CHAT, b"{}"), (200, "/health", None)):
+    for status, path, body in ((400, CHAT, b"{}"), (400, CHAT, b"{}"), (200, "/v1/models", None)):
         connection.request("POST" if body else "GET", path, body)
         answer = connection.getresponse()
         answer.read()
@@ -263,25 +250,22 @@ def test_a_connection_is_kept_alive_also_after_an_error(url):
 
 
 def test_token_limit_cuts_the_answer_and_says_so(client):
-    answer = ask(client, judge_prompt(*CASES["en"][:3]), max_tokens=2, n=3)
-    assert [c.finish_reason for c in answer.choices] == ["length"] * 3
-    assert answer.choices[0].message.content == '{"accura' and answer.usage.completion_tokens == 6
+    for limit in ("max_tokens", "max_completion_tokens"):
+        answer = ask(client, judge_prompt(*CASES["en"][:3]), **{limit: 2})
+        assert answer.choices[0].finish_reason == "length"
+        assert answer.choices[0].message.content == '{"accura' and answer.usage.completion_tokens == 2
 
 
-def test_text_parts_are_joined_and_only_the_last_user_message_counts(client):
-    question, reference, candidate = CASES["en"][:3]
-    parts = [
-        {"type": "text", "text": lines(Question=question)},
-        {"type": "text", "text": lines(Reference_passage=reference, Candidate_passage=candidate)},
-    ]
+def test_only_the_last_user_message_counts(client):
+    prompt = judge_prompt(*CASES["en"][:3])
     messages = [
         {"role": "system", "content": lines(Summary="of the system")},
         {"role": "user", "content": lines(Summary="of an example")},
         {"role": "assistant", "content": "Example?"},
-        {"role": "user", "content": parts},
+        {"role": "user", "content": prompt},
     ]
     answer = client.chat.completions.create(model="m", messages=messages).choices[0].message.content
-    assert answer == text_of(client, judge_prompt(question, reference, candidate))
+    assert answer == text_of(client, prompt)
 
 
 def test_a_hostile_passage_changes_no_grade(client):
@@ -321,8 +305,8 @@ def test_the_same_request_gets_the_same_bytes_in_any_process(url, tmp_path):
     )
     try:
         second_url = second.stdout.readline().strip()
-        backwards = [http(second_url, CHAT, body)[2] for body in reversed(bodies)]
-        assert [http(url, CHAT, body)[2] for body in bodies] == backwards[::-1]
+        backwards = [http(second_url, CHAT, body)[1] for body in reversed(bodies)]
+        assert [http(url, CHAT, body)[1] for body in bodies] == backwards[::-1]
     finally:
         second.terminate()
         second.wait(timeout=10)
@@ -379,7 +363,7 @@ def test_exec_passes_signals_on_and_reports_what_ended_the_command(tmp_path):
 
 @pytest.mark.parametrize(
     "arguments, status",
-    [(["--exec"], 2), (["--port", "99999"], 2), (["--por", "0"], 2), (["--exec", "/no/such/command"], 127)],
+    [(["--exec"], 2), (["--port", "99999"], 2), (["--por", "0"], 2), (["--exec", "/no/such/command"], 2)],
 )
 def test_wrong_usage_ends_with_a_line_on_stderr(arguments, status):
     done = subprocess.run([*SERVER, *arguments], capture_output=True, text=True, timeout=20)

@@ -231,7 +231,8 @@ class Encoder:
             del model[-1]
         for module in model:
             if not getattr(module, "include_prompt", True) and any(self.prefix.values()):
-                raise DataError(f"{self.folder}: pooling without the prompt (include_prompt false) is not supported")
+                raise DataError(f"{self.folder}: pooling without the prompt (include_prompt false) is not "
+                                "supported; take another model")
             if isinstance(module, Pooling) and self.pooling:
                 module.pooling_mode = self.pooling
         return model

@@ -1,7 +1,6 @@
 """The interface of the stages: command line, errors, records, and outputs that are finished or not there.
 
-Records are checked when they are read; an output appears whole or not at all, with a `.meta.json` beside it
-that says what it was made from.
+Records are checked when they are read; a `.meta.json` beside an output says what it was made from.
 """
 import argparse
 import contextlib
@@ -38,7 +37,7 @@ MADE_BY = {"train": "00_prepare_data.py", "dev": "00_prepare_data.py", "candidat
            "topics": "04_cluster_topics.py"}
 
 
-# --------------------------------------------------------------------------- errors
+# --------------------------------------------------------------------------- errors, command line, progress
 
 class DataError(Exception):
     """Bad input or usage, told to the user in one line: `file:line: what is wrong; remedy`."""
@@ -54,17 +53,10 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
-        leave_group()
+        distributed = sys.modules.get("torch.distributed")
+        if distributed and distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()  # its threads may abort a process that just ends
 
-
-def leave_group():
-    """Leave torchrun's group in good order: its threads may abort a process that just ends."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
-
-
-# --------------------------------------------------------------------------- command line, progress
 
 class Parser(argparse.ArgumentParser):
     """argparse with one-line usage errors, no abbreviations, and the script's docstring in --help."""
@@ -82,8 +74,7 @@ class Parser(argparse.ArgumentParser):
     def common_flags(self):
         """The flags that mean the same in every stage."""
         self.add_argument("--seed", type=int, default=13, help="seed of every random draw")
-        self.add_argument("--limit", type=positive_int, metavar="N",
-                          help="use only the first N queries, for a trial")
+        self.add_argument("--limit", type=positive_int, metavar="N", help="use only the first N queries")
         self.add_argument("--lang", nargs="+", metavar="CODE",
                           help="use only these languages (ISO 639-1 codes); default: all there are")
         self.add_argument("--overwrite", action="store_true",
@@ -130,7 +121,7 @@ def peak_mb():
     return kilobytes >> 10
 
 
-# --------------------------------------------------------------------------- reading lines
+# --------------------------------------------------------------------------- lines, records, corpus
 
 def open_text(path):
     """Open a plain or gzipped file for reading lines of bytes; DataError where it is missing."""
@@ -142,7 +133,7 @@ def open_text(path):
 
 
 def read_lines(path, blank=False):
-    """Yield (line number from 1, bytes) of lines that are not blank (or of all); DataError for a damaged gzip."""
+    """Yield (line number from 1, bytes) of lines that are not blank (or of all)."""
     with open_text(path) as lines:
         number = 0
         try:
@@ -169,14 +160,12 @@ def parse_line(path, number, line):
 
 
 def read_json(path):
-    """The object of a model folder's JSON file, {} where there is no such file."""
+    """What a JSON file holds, {} where there is no such file."""
     try:
         return json.loads(path.read_text("utf-8")) if path.is_file() else {}
     except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}); fetch the model again") from None
+        raise DataError(f"{path}: not JSON ({error}); fetch it again") from None
 
-
-# --------------------------------------------------------------------------- records
 
 def check_text(record, key, where, empty=False):
     """DataError unless record[key] is a string, which must not be blank unless `empty` allows it."""
@@ -225,12 +214,11 @@ def parse_query(path, number, line, lang=None):
 
 
 def read_queries(path, lang=None, limit=None, need=()):
-    """Yield the checked records of a JSONL file of training queries, in order.
+    """Yield the checked records of a file of training queries, in order; DataError at the first bad one.
 
     lang keeps these languages, limit the first so many records; need lists further fields that must be there.
-    DataError with file and line on the first bad record.
     """
-    seen, n_read = set(), 0
+    seen = set()
     for number, line in read_lines(path):
         record = parse_query(path, number, line, lang)
         if lang and record["lang"] not in lang:
@@ -243,10 +231,9 @@ def read_queries(path, lang=None, limit=None, need=()):
             raise DataError(f"{path}:{number}: query {key[1]!r} ({key[0]}) is there twice; drop one")
         seen.add(hash(key))
         yield record
-        n_read += 1
-        if n_read == limit:
+        if len(seen) == limit:
             return
-    if not n_read:
+    if not seen:
         raise DataError(f"{path}: no queries in {' '.join(lang or ['it'])}; check the file and --lang")
 
 
@@ -272,8 +259,6 @@ def batched(items, n):
         yield batch
 
 
-# --------------------------------------------------------------------------- corpus
-
 def corpus_files(data, lang):
     """A language's corpus files: corpus/<lang>.jsonl[.gz] or corpus/<lang>/*.jsonl[.gz], in name order."""
     root = Path(data) / "corpus"
@@ -282,8 +267,7 @@ def corpus_files(data, lang):
             return [path]
     parts = sorted(p for p in (root / lang).glob("*") if p.name.endswith((".jsonl", ".jsonl.gz")))
     if not parts:
-        raise DataError(f"{root}/{lang}.jsonl not found; make it with 00_prepare_data.py, "
-                        f"or leave {lang} out with --lang")
+        raise DataError(f"{root}/{lang}.jsonl not found; make it with 00_prepare_data.py, or change --lang")
     return parts
 
 
@@ -341,16 +325,13 @@ def atomic_folder(path):
     """A temporary folder beside path, which it replaces when the block ends well, else removed."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    before = path.with_name(f".{path.name}.{os.getpid()}.old")
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        if path.exists():
-            path.rename(before)
+        shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(before, ignore_errors=True)
 
 
 def digest_file(path):
@@ -386,6 +367,8 @@ class Output:
         self.meta_path = self.path.with_name(self.path.name + ".meta.json")
         self.overwrite = args.overwrite
         self.started = time.time()
+        for path in inputs:
+            open_text(path).close()  # DataError where it is missing, with the stage that makes it
         self.meta = {"script": Path(sys.argv[0]).name,
                      "arguments": {k: v for k, v in vars(args).items() if k not in self.NEUTRAL},
                      "inputs": [{"path": str(p), "digest": digest_file(p)} for p in inputs],
@@ -414,7 +397,7 @@ class Output:
         return same
 
     def write(self, records):
-        """Write records, an iterable that is consumed as it comes, as JSONL."""
+        """Write records, consumed as they come, as JSONL."""
         self.write_lines(dump(record) for record in records)
 
     def write_lines(self, lines):

@@ -910,11 +910,9 @@ def test_a_folder_of_somebody_else_is_not_touched(tmp_path):
     assert tree(tmp_path / "out") == {"train.jsonl": b"mine"}
 
 
-@pytest.mark.parametrize(
-    "where, nth", [("stage.Collection.add_part", 2), ("Path.rename", 1), ("Path.rename", 2)]
-)
+@pytest.mark.parametrize("where, nth", [("stage.Collection.add_part", 2), ("Path.rename", 1)])
 def test_a_killed_run_can_be_started_again(tmp_path, where, nth):
-    """Killed in the second language, before the old folder is aside, before the new one is in place."""
+    """Killed in the second language, or after the old folder is gone, before the new one is in place."""
     root, out = miracl(tmp_path / "in", ["ko", "th"]), tmp_path / "out"
     prepare("miracl", root, out, "--limit", 1)
     prepare("miracl", root, tmp_path / "whole")

@@ -379,6 +379,13 @@ def test_bad_instructions_are_one_line_and_exit_2(tmp_path, capsys, line, said):
         stage.read_instructions(args)
 
 
+def test_instructions_that_are_missing_are_one_line_and_exit_2(tmp_path):
+    done = run_stage(
+        "03a_tune_generator.py", "--base", "x", "--instructions", tmp_path / "no.json", "--out", tmp_path
+    )
+    assert done.returncode == 2 and "no.json not found; check the path" in done.stderr
+
+
 def test_the_loss_is_on_the_answer_only(tmp_path):
     """The labels are the answer and its end, with the model's own chat template and without one."""
     import torch

@@ -1,6 +1,6 @@
 """Write the training queries in another trainer's layout, a file a language: a batch can hold one.
 
-Source  none: for training with FlagEmbedding, sentence-transformers or Tevatron on what 00-04 made
+Source  none: for training elsewhere on what 00-04 made, without the batches and weights of Sec. 3.5
 Reads   topics.jsonl of stage 04, or any file in Tevatron's layout
 Writes  OUT/<lang>.jsonl
             flagembedding          {query, pos: [text], neg: [text]}

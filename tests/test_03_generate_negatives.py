@@ -44,7 +44,7 @@ class Server:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 server.seen.append(body)
                 server.before()
-                answer = offline_llm.complete(body)
+                answer = offline_llm.complete(json.dumps(body))
                 message = answer["choices"][0]["message"]
                 message["content"] = server.reply(kind_of(body), message["content"])
                 data = json.dumps(answer).encode()

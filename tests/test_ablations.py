@@ -345,7 +345,7 @@ def test_a_killed_run_goes_on_to_the_result_of_an_undisturbed_one(made, tmp_path
     rows = ["--seeds", 13, "--rows", *TWO]
     first, second = (work / f"scores/{name.replace(' ', '-')}.13.json" for name in TWO)
     start_and_kill(
-        command(made, work, *rows), (work / "row-1-13/model.checkpoint/run.json").exists
+        command(made, work, *rows), (work / "row-1-13/model.checkpoint/train_log.jsonl").exists
     )  # the second row is training
     assert first.is_file() and not second.exists()
     before = first.stat()

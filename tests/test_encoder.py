@@ -59,7 +59,6 @@ def same_as_theirs(ours, folder, those=None, least=0.99999):
         {"prompts": PROMPTS},
         {"prompts": PROMPTS, "pooling": "cls"},
         {"prompts": PROMPTS, "pooling": "lasttoken"},
-        {"prompts": PROMPTS, "include_prompt": False},
         {"dense": 16},
         {"dense": 16, "normalise": False},
         {"dense": 48, "pooling": "lasttoken", "prompts": PROMPTS},
@@ -81,6 +80,12 @@ def test_folders_of_older_versions_are_read_as_theirs(tmp_path, pooling, normali
     folder = random_bert(tmp_path / "model", WORDS)
     sentence_transformers_files(folder, pooling, normalise, PROMPTS, legacy)
     same_as_theirs(Encoder(folder, "cpu", 512, 512), folder)
+
+
+def test_pooling_that_leaves_the_prompt_out_is_an_error_and_no_other_vector(tmp_path):
+    folder = sentence_transformer(tmp_path / "model", WORDS, prompts=PROMPTS, include_prompt=False)
+    with pytest.raises(DataError, match="include_prompt false"):
+        Encoder(folder, "cpu").encode(["w1"], "query")
 
 
 def test_a_model_that_pads_on_the_left_reads_its_last_token(tmp_path):

@@ -287,7 +287,7 @@ def test_bad_input_is_one_line_and_exit_status_2(tevatron, tmp_path):
     "flags, complaint",
     [
         ([], "no 'lang'; name the file's language with --lang CODE"),
-        (["--lang", "en", "--negatives", "4"], "no 'topic'; make it with"),
+        (["--lang", "en", "--negatives", "4"], "'topic' is null, want a whole number"),
         (["--lang", "en", "--negatives", "5"], "has 4 negatives, --negatives wants 5"),
     ],
 )

@@ -21,7 +21,7 @@ from common import (DataError, Output, Parser, batched, corpus_files, dump, fetc
 from search import ensemble_flags, from_flags, world
 
 EXTRA = 24       # passages asked for beyond --depth at first, to stand in for those that are not allowed
-PAIRS = 2 ** 18  # hits held at a time; bounds memory, does not change results
+PAIRS = 50_000  # of query and passage that a search holds at a time; bounds memory, does not change results
 # Table 2, with the paper's best settings as defaults; margin and percent look at the lowest-scored positive
 BASELINES = {"topk": "the top k as they are", "shifted": "the top k after skipping --shift",
              "abs": "the best that score under --max-score",

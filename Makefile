@@ -73,6 +73,7 @@ GPU_PRICE ?=
 PLAN ?=
 # ^ make miracl: more flags of bench/plan.py, as in PLAN="--utilisation 0.4"
 
+$(if $(word 2,$(DATA_ROOT)),$(info DATA_ROOT has a blank: what is made of it is called $(NAME)))
 SMALL := $(filter models/$(NAME),$(ENCODER))
 # a small encoder from scratch wants other steps than a large pretrained one (whose defaults are the paper's)
 TRAIN ?= $(if $(SMALL),--lr 1e-3 --temperature 0.05)

@@ -314,9 +314,8 @@ def one_run(args, name, seed):
     values = {}
     for path in sorted((folder / "eval/runs").glob("*.trec")):
         of_lang = path.name.split(".")[-2]
-        values[of_lang] = evaluation.measure(
-            evaluation.read_qrels(Path(args.data) / "qrels/dev" / f"{of_lang}.tsv"), evaluation.read_run(path)
-        )
+        qrels = evaluation.read_qrels(Path(args.data) / "qrels/dev" / f"{of_lang}.tsv")
+        values[of_lang] = evaluation.measure_run(qrels, path)
     with atomic(score_path(args, name, seed)) as temporary:
         temporary.write_text(
             json.dumps(

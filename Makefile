@@ -80,6 +80,9 @@ TRAIN ?= $(if $(SMALL),--lr 1e-3 --temperature 0.05)
 PYTHON ?= python3
 PY := .venv/bin/python
 COMMON := --seed $(SEED) $(if $(LANGS),--lang $(LANGS))
+SEEDS := --seeds $(SEED) $(shell expr $(SEED) + 1) $(shell expr $(SEED) + 2)
+# for many short runs: as many epochs as their scripts say, unless EPOCHS is given
+SOME_EPOCHS := $(if $(filter file,$(origin EPOCHS)),,--epochs $(EPOCHS))
 $(if $(shell test "$(GPUS)" -ge 1 2>/dev/null && echo yes),,$(error GPUS=$(GPUS): want a whole number of at least 1))
 # what starts 01 and 05
 SPREAD := $(if $(filter 1,$(GPUS)),$(PY),.venv/bin/torchrun --nproc-per-node $(GPUS) --standalone)
@@ -138,11 +141,12 @@ $(RUN)/eval/metrics.json: $(RUN)/model FORCE
 
 ablations: $(RUN)/topics.jsonl
 	$(PY) bench/ablations.py --data $(DATA) --run $(RUN) --encoder $(ENCODER) --retrievers $(RETRIEVERS) --fusion $(FUSION) --llm $(LLM) --target $(N) \
-		$(if $(LANGS),--lang $(LANGS)) --train-flags="$(TRAIN)" --cache $(CACHE)
+		$(if $(LANGS),--lang $(LANGS)) --train-flags="$(TRAIN)" --batch-size $(BATCH) $(SOME_EPOCHS) $(SEEDS) --cache $(CACHE)
 
 judge-quality: $(DATA)/train.jsonl $(SMALL)
 	$(PY) bench/judge_quality.py --data $(DATA) $(if $(filter sample,$(DATA_SOURCE)),--truth sample/truth) --encoder $(ENCODER) \
-		$(if $(LANGS),--lang $(LANGS)) $(if $(SMALL),,--train-flags lr=2e-6) $(JUDGE) --out results/judge-quality-$(NAME)
+		$(if $(LANGS),--lang $(LANGS)) --train-flags $(if $(SMALL),lr=1e-3 temperature=0.05,lr=2e-6) batch-size=$(BATCH) \
+		$(SOME_EPOCHS) $(SEEDS) $(JUDGE) --out results/judge-quality-$(NAME)
 
 bench: .venv/installed
 	$(PY) bench/mine_million.py --work runs/million

@@ -1,332 +1,262 @@
-"""What each part of the method brings: the rows of Tables 2, 3, 5, 6, 7 and 9, the N of Figure 3, and the
-batch size.
+"""What each part of the method brings: the rows of Tables 2, 3, 5, 6, 7 and 9, the N of Figure 3, languages
+drawn in other proportions, and the batch size.
 
-What    Every row starts from the same encoder and trains the same number of queries; a row differs from the
+What    Every row starts from the same encoder and makes the same number of updates; a row differs from the
         full method in what its name says. Left out: no MIFT, which needs a generator tuned by
         03a_tune_generator.py (name it with --llm). The strategies of Table 2 and the path from naive to
-        full train as the field does: mixed batches, no weights.
+        full train as the field does: mixed batches, no weights. Stage 2 has little to do where stage 1 leaves
+        N negatives, so its own rows begin with --shallow candidates a query.
 How     Rows share RUN's candidates, judgments, negatives and topics; what a row changes is made once by the
         stage itself. A row and seed is one run of 05_train.py and 06_eval.py, kept in WORK/scores as soon
         as it is there: a killed or stopped call (--minutes, --rows) goes on where it was. --jobs runs at a
         time, a thread each.
 Reads   RUN/candidates.jsonl, filtered.jsonl, augmented.jsonl, topics.jsonl, DATA
-Writes  OUT: a row each with mean and standard deviation over the seeds, the difference to the full method,
-        and p of the paired t-test over queries (nDCG@10 of a query averaged over the seeds, as in Sec. 4
-        otherwise); the table goes to stdout
+Writes  OUT: a row each with mean and standard deviation over the seeds and where its negatives came from; and
+        its difference to naive negatives and to the full method, each with interval and p of one bootstrap of
+        the average over languages, which draws the queries of each language and the seeds (06_eval.py), p by
+        Holm's correction over all rows; the table goes to stdout
 Usage   make ablations DATA_SOURCE=miracl DATA_ROOT=../shared/data/minimiracl LANGS="sw te id ar zh"
         python bench/ablations.py --data data/minimiracl --run runs/minimiracl --encoder models/minimiracl
             --rows "full method" "batch of 8"
 Cost    in OUT under "hours": wall time of the rows on two cores, two at a time
 """
-
 import json
+import math
 import os
 import shlex
 import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from threading import Lock
+from typing import NamedTuple
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import (
-    DataError,
-    Parser,
-    atomic,
-    digest_file,
-    digest_folder,
-    dump,
-    positive_int,
-    read_lines,
-    read_queries,
-    run,
-    say,
-    short_name,
-)
+from common import (DataError, Parser, atomic, digest_file, digest_folder, dump, positive_int, read_queries,
+                    run, say, short_name)
 from encoder import model_folder
 
 STAND_IN = "offline-stand-in"
-MIXED, UNWEIGHTED = ["--mixed", "--topic-power", "1"], ["--weighting", "none"]
+MIXED = ["--mixed", "--topic-power", "1"]
+UNWEIGHTED = ["--weighting", "none"]
 PLAIN = MIXED + UNWEIGHTED
 NEGATIVES = 7  # hard negatives a query and step (Sec. 4.1)
-FULL = "full method"
+NAIVE, FULL = "naive top-k", "full method"
 STRATEGIES = ("topk", "shifted", "abs", "margin", "percent")  # of 01_mine_candidates.py
-ROWS = {  # name: (group, negatives, flags of 05_train.py, the paper's nDCG@10 with BGE-M3 or None)
-    FULL: ("", "augmented", [], 70.6),
-    "naive top-k": ("Table 2", "topk", PLAIN, 67.6),
-    "top-k shifted by 10": ("Table 2", "shifted", PLAIN, 67.8),
-    "score under 0.6": ("Table 2", "abs", PLAIN, 67.8),
-    "margin of 0.15 to the positive": ("Table 2", "margin", PLAIN, 67.9),
-    "under 90% of the positive": ("Table 2", "percent", PLAIN, 68.1),
-    "naive top-k, filtered": ("step by step", "filtered", PLAIN, None),
-    "... and brought to N by generation (no stage 3)": ("step by step", "augmented", PLAIN, 68.8),
-    "no stage 1 (labelled negatives, then generation)": ("Tables 3, 5, 6", "labelled", [], 66.9),
-    "no LLM judgment": ("Tables 3, 5, 6", "topk", [], 67.5),
-    "no reference in the prompt": ("Tables 3, 5, 6", "noreference", [], 68.1),
-    "no stage 2": ("Tables 3, 5, 6", "filtered", [], 68.5),
-    "negatives written, not retrieved (no PDBG)": ("Tables 3, 5, 6", "written", [], 69.2),
-    "no topic balance": ("Table 7", "augmented", ["--topic-power", "1"], 70.3),
-    "no same-language batches": ("Table 7", "augmented", ["--mixed"], 69.4),
-    "neither": ("Table 7", "augmented", MIXED, 68.5),
-    "no weights": ("Table 9", "augmented", UNWEIGHTED, None),
-    "alpha 0.55, beta 0.40": ("Table 9", "augmented", ["--alpha", "0.55", "--beta", "0.40"], 69.5),
-    "alpha 0.55, beta 0.20": ("Table 9", "augmented", ["--alpha", "0.55", "--beta", "0.20"], 68.6),
-    "alpha 0.45, beta 0.20": ("Table 9", "augmented", ["--alpha", "0.45", "--beta", "0.20"], 69.9),
-    "N = 10": ("Figure 3", "N10", [], None),
-    "N = 20": ("Figure 3", "N20", [], None),
-    "N = 40": ("Figure 3", "N40", [], None),
-    "N = 50": ("Figure 3", "N50", [], None),
-    "batch of 8": ("batch size", "augmented", ["--batch-size", "8"], None),
-    "batch of 64": ("batch size", "augmented", ["--batch-size", "64"], None),
+
+
+class Row(NamedTuple):
+    group: str
+    negatives: str  # the file of make_inputs
+    flags: list     # of 05_train.py
+    paper: float | None = None  # its nDCG@10 with BGE-M3
+
+
+def weights(alpha, beta):
+    return ["--alpha", alpha, "--beta", beta]
+
+
+ROWS = {
+    NAIVE: Row("step by step", "topk", PLAIN, 67.6),
+    "naive, filtered": Row("step by step", "filtered", PLAIN),
+    "naive, filtered, brought to N (no stage 3)": Row("step by step", "augmented", PLAIN, 68.8),
+    FULL: Row("step by step", "augmented", [], 70.6),
+    "languages by share^0.5": Row("languages", "augmented", ["--language-power", "0.5"]),
+    "languages by share": Row("languages", "augmented", ["--language-power", "1"]),
+    "top-k shifted by 10": Row("Table 2", "shifted", PLAIN, 67.8),
+    "score under 0.6": Row("Table 2", "abs", PLAIN, 67.8),
+    "margin of 0.15 to the positive": Row("Table 2", "margin", PLAIN, 67.9),
+    "under 90% of the positive": Row("Table 2", "percent", PLAIN, 68.1),
+    "no stage 1 (labelled negatives, then generation)": Row("Tables 3, 5, 6", "labelled", [], 66.9),
+    "no LLM judgment": Row("Tables 3, 5, 6", "topk", [], 67.5),
+    "no reference in the prompt": Row("Tables 3, 5, 6", "noreference", [], 68.1),
+    "false negatives as positives": Row("Tables 3, 5, 6", "relabelled", []),
+    "few candidates": Row("stage 2, few candidates", "shallow", []),
+    "few candidates, no stage 2": Row("stage 2, few candidates", "shallowfiltered", [], 68.5),
+    "few candidates, written, not retrieved (no PDBG)": Row("stage 2, few candidates", "written", [], 69.2),
+    "no topic balance": Row("Table 7", "augmented", ["--topic-power", "1"], 70.3),
+    "no same-language batches": Row("Table 7", "augmented", ["--mixed"], 69.4),
+    "neither": Row("Table 7", "augmented", MIXED, 68.5),
+    "no weights": Row("Table 9", "augmented", UNWEIGHTED),
+    "alpha 0.55, beta 0.40": Row("Table 9", "augmented", weights("0.55", "0.40"), 69.5),
+    "alpha 0.55, beta 0.20": Row("Table 9", "augmented", weights("0.55", "0.20"), 68.6),
+    "alpha 0.45, beta 0.20": Row("Table 9", "augmented", weights("0.45", "0.20"), 69.9),
+    "N = 10": Row("Figure 3", "N10", []),
+    "N = 20": Row("Figure 3", "N20", []),
+    "N = 40": Row("Figure 3", "N40", []),
+    "N = 50": Row("Figure 3", "N50", []),
+    "batch of 8": Row("batch size", "augmented", ["--batch-size", "8"]),
+    "batch of 64": Row("batch size", "augmented", ["--batch-size", "64"]),
 }
 
 
 def build_parser():
     parser = Parser(__doc__)
-    parser.add_argument("--data", required=True, metavar="FOLDER", help="a folder made by 00_prepare_data.py")
-    parser.add_argument(
-        "--run", required=True, type=Path, metavar="FOLDER", help="what the stages made of it"
-    )
-    parser.add_argument("--encoder", required=True, metavar="MODEL", help="where every row starts")
-    parser.add_argument(
-        "--retrievers",
-        nargs="+",
-        metavar="MODEL_OR_bm25",
-        help="ensemble of stages 01 and 03; default: bm25 and --encoder",
-    )
-    parser.add_argument("--fusion", choices=["concat", "rrf"], default="rrf", help="of the ensemble")
-    parser.add_argument(
-        "--llm",
-        default=STAND_IN,
-        metavar="NAME",
-        help="judge and generator, served at OPENAI_BASE_URL; default: offline_llm.py",
-    )
-    parser.add_argument("--lang", nargs="+", metavar="CODE", help="use only these languages")
-    parser.add_argument("--target", type=positive_int, default=30, help="N, negatives a query (Sec. 4.1)")
-    parser.add_argument(
-        "--epochs",
-        type=positive_int,
-        default=2,
-        help="of every row; few, so that all rows take under two hours",
-    )
-    parser.add_argument(
-        "--train-flags",
-        default="--lr 1e-3 --temperature 0.05",
-        metavar="FLAGS",
-        help="further flags of 05_train.py, in one word",
-    )
-    parser.add_argument(
-        "--seeds",
-        nargs="+",
-        type=int,
-        default=[13, 14, 15],
-        help="of the training: batches, choice of negatives, held-out queries",
-    )
-    parser.add_argument(
-        "--rows",
-        nargs="+",
-        choices=list(ROWS),
-        metavar="NAME",
-        help="only these; the others keep what they have",
-    )
-    parser.add_argument(
-        "--minutes", type=float, default=1e9, help="begin no run after so many; the next call goes on"
-    )
-    parser.add_argument("--jobs", type=positive_int, default=2, help="runs at a time, each with one thread")
-    parser.add_argument(
-        "--cache", default="cache", metavar="FOLDER", help="the stages' cache: embeddings and answers"
-    )
-    parser.add_argument(
-        "--work", type=Path, metavar="FOLDER", help="inputs and scores of the rows; default: RUN/ablations"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "results/ablations.json", metavar="FILE", help="the table as JSON"
-    )
+    flag = parser.add_argument
+    flag("--data", required=True, metavar="FOLDER", help="a folder made by 00_prepare_data.py")
+    flag("--run", required=True, type=Path, metavar="FOLDER", help="what the stages made of it")
+    flag("--encoder", required=True, metavar="MODEL", help="where every row starts")
+    flag("--retrievers", nargs="+", metavar="MODEL_OR_bm25",
+         help="ensemble of stages 01 and 03; default: bm25 and --encoder")
+    flag("--fusion", choices=["concat", "rrf"], default="rrf", help="of the ensemble")
+    flag("--llm", default=STAND_IN, metavar="NAME",
+         help="judge and generator, served at OPENAI_BASE_URL; default: offline_llm.py")
+    flag("--lang", nargs="+", metavar="CODE", help="use only these languages")
+    flag("--target", type=positive_int, default=30, help="N, negatives a query (Sec. 4.1)")
+    flag("--shallow", type=positive_int, default=20, help="candidates a query where stage 2 is measured")
+    flag("--epochs", type=positive_int, default=4, help="passes over the queries; every row makes as many "
+         "updates as these are in batches of --batch-size")
+    flag("--batch-size", type=positive_int, default=24, help="queries a step (Sec. 4.1)")
+    flag("--train-flags", default="--lr 1e-3 --temperature 0.05", metavar="FLAGS",
+         help="further flags of 05_train.py, in one word")
+    flag("--seeds", nargs="+", type=int, default=[13, 14, 15],
+         help="of the training: batches, choice of negatives, held-out queries")
+    flag("--rows", nargs="+", choices=list(ROWS), metavar="NAME",
+         help="only these; the others keep what they have")
+    flag("--minutes", type=float, default=1e9, help="begin no run after so many; the next call goes on")
+    flag("--jobs", type=positive_int, default=2, help="runs at a time, each with one thread")
+    flag("--cache", default="cache", metavar="FOLDER", help="the stages' cache: embeddings and answers")
+    flag("--work", type=Path, metavar="FOLDER", help="inputs and scores of the rows; default: RUN/ablations")
+    flag("--out", type=Path, default=ROOT / "results/ablations.json", metavar="FILE",
+         help="the table as JSON")
     return parser
 
 
 def stage(*command):
     """Run a script of the project with one thread; its bad end ends this one."""
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    done = subprocess.run([sys.executable, *map(str, command)], env=os.environ | {"OMP_NUM_THREADS": "1"},
+                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         raise DataError(f"{' '.join(map(str, command))} ended with {done.returncode}: {done.stderr[-600:]}")
 
 
-def make_inputs(args, names):
-    """WORK/<name>.jsonl for the negatives that rows ask for, each with RUN's topics; a stage that is done
-    does nothing."""
-    topics = {
-        (r["lang"], r["query_id"]): r["topic"] for r in read_queries(args.run / "topics.jsonl", args.lang)
-    }
-    lang = ["--lang", *args.lang] if args.lang else []
-    served = [ROOT / "offline_llm.py", "--exec", sys.executable] if args.llm == STAND_IN else []
-    ensemble, llm = (
-        ["--retrievers", *args.retrievers, "--fusion", args.fusion],
-        ["--llm", args.llm, "--cache", args.cache],
-    )
-    dense = [r for r in args.retrievers if r != "bm25"] or [args.encoder]
-    mean = [
-        "--retrievers",
-        *dense,
-        "--fusion",
-        "concat",
-        "--weights",
-        *[1 / len(dense)] * len(dense),
-    ]  # --max-score, --margin are of the mean cosine
+# --------------------------------------------------------------------------- what the rows train on
 
-    def mine(name):
-        flags = ensemble if name in ("topk", "shifted") else mean
-        stage(
-            ROOT / "01_mine_candidates.py",
-            "--data",
-            args.data,
-            *flags,
-            "--strategy",
-            name,
-            "--depth",
-            args.target,
-            "--bm25-tokenizer",
-            args.encoder,
-            "--cache",
-            args.cache,
-            "--out",
-            args.work / f"{name}.mined.jsonl",
-            *lang,
-        )
-        return args.work / f"{name}.mined.jsonl"
+class Inputs:
+    """Makes WORK/<name>.jsonl for the negatives that rows ask for; a stage that is done does nothing."""
 
-    def generate(name, source, target, *flags):
-        stage(
-            *served,
-            ROOT / "03_generate_negatives.py",
-            "--input",
-            source,
-            "--data",
-            args.data,
-            *ensemble,
-            *llm,
-            "--target",
-            target,
-            "--out",
-            args.work / f"{name}.made.jsonl",
-            *flags,
-            *lang,
-        )
-        return args.work / f"{name}.made.jsonl"
+    def __init__(self, args):
+        self.args = args
+        self.lang = ["--lang", *args.lang] if args.lang else []
+        self.served = [ROOT / "offline_llm.py", "--exec", sys.executable] if args.llm == STAND_IN else []
+        self.ensemble = ["--retrievers", *args.retrievers, "--fusion", args.fusion]
+        self.llm = ["--llm", args.llm, "--cache", args.cache]
 
-    def without_reference():
-        path = args.work / "noreference.filtered.jsonl"
-        stage(
-            *served,
-            ROOT / "02_filter_false_negatives.py",
-            "--input",
-            args.run / "candidates.jsonl",
-            "--no-reference",
-            *llm,
-            "--out",
-            path,
-            *lang,
-        )
-        return generate("noreference", path, args.target, "--no-reference")
+    def mine(self, name):
+        """Of one of Table 2's strategies; --max-score and --margin are of the mean cosine."""
+        args, flags = self.args, self.ensemble
+        if name not in ("topk", "shifted"):
+            dense = [retriever for retriever in args.retrievers if retriever != "bm25"] or [args.encoder]
+            mean = [1 / len(dense)] * len(dense)
+            flags = ["--retrievers", *dense, "--fusion", "concat", "--weights", *mean]
+        path = args.work / f"{name}.mined.jsonl"
+        stage(ROOT / "01_mine_candidates.py", "--data", args.data, *flags, "--strategy", name, "--depth",
+              args.target, "--bm25-tokenizer", args.encoder, "--cache", args.cache, "--out", path, *self.lang)
+        return path
 
-    filtered = args.run / "filtered.jsonl"
-    makers = {
-        "filtered": lambda: filtered,
-        "augmented": lambda: args.run / "augmented.jsonl",
-        "noreference": without_reference,
-        "labelled": lambda: generate("labelled", Path(args.data) / "train.jsonl", args.target),
-        "written": lambda: generate("written", filtered, args.target, "--mode", "write"),
-    }
-    for name in names:
-        n = int(name[1:]) if name.startswith("N") else args.target
-        source = (
-            makers[name]()
-            if name in makers
-            else mine(name)
-            if name in STRATEGIES
-            else generate(name, filtered, n)
-        )
-        path = args.work / f"{name}.jsonl"
+    def filter(self, name, *flags, candidates=None):
+        path = self.args.work / f"{name}.filtered.jsonl"
+        candidates = candidates or self.args.run / "candidates.jsonl"
+        stage(*self.served, ROOT / "02_filter_false_negatives.py", "--input", candidates, *self.llm, "--out",
+              path, *flags, *self.lang)
+        return path
+
+    def generate(self, name, source, *flags, target=None):
+        path = self.args.work / f"{name}.made.jsonl"
+        stage(*self.served, ROOT / "03_generate_negatives.py", "--input", source, "--data", self.args.data,
+              *self.ensemble, *self.llm, "--target", target or self.args.target, "--out", path, *flags,
+              *self.lang)
+        return path
+
+    def shallow(self):
+        """Stage 02's result for the first --shallow candidates."""
+        path = self.args.work / "shallow.candidates.jsonl"
         with atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            for record in read_queries(source, args.lang):
-                if name in STRATEGIES:
-                    record.pop("false_negatives", None)  # they know none, so they mask none
-                if len(record["negative_passages"]) < NEGATIVES:
-                    continue  # such a query is left out of the row, as the field's miners do
-                file.write(
-                    dump(
-                        record
-                        | {
-                            "topic": topics[record["lang"], record["query_id"]],
-                            "negative_passages": record["negative_passages"][:n],
-                        }
-                    )
-                )
-        say(f"{path}: made")
+            for record in read_queries(self.args.run / "candidates.jsonl", self.args.lang):
+                few = record["candidate_passages"][:self.args.shallow]
+                file.write(dump(record | {"candidate_passages": few}))
+        return self.filter("shallow", candidates=path)
+
+    def source(self, name):
+        """The file that holds the negatives of this name."""
+        filtered = self.args.run / "filtered.jsonl"
+        if name in STRATEGIES:
+            return self.mine(name)
+        if name.startswith("N"):
+            return self.generate(name, filtered, target=int(name[1:]))
+        if name == "filtered":
+            return filtered
+        if name == "augmented":
+            return self.args.run / "augmented.jsonl"
+        if name == "noreference":
+            return self.generate(name, self.filter(name, "--no-reference"), "--no-reference")
+        if name == "relabelled":
+            return self.generate(name, self.filter(name, "--relabel-at", 2))
+        if name == "labelled":
+            return self.generate(name, Path(self.args.data) / "train.jsonl")
+        if name == "written":
+            return self.generate(name, self.shallow(), "--mode", "write")
+        return self.generate(name, self.shallow()) if name == "shallow" else self.shallow()
+
+    def make(self, names):
+        """Each with RUN's topics, cut to N; where negatives came from is counted in <name>.sources.json."""
+        args = self.args
+        topic_of = {(record["lang"], record["query_id"]): record["topic"]
+                    for record in read_queries(args.run / "topics.jsonl", args.lang)}
+        for name in names:
+            n = int(name[1:]) if name.startswith("N") else args.target
+            source, sources, n_queries = self.source(name), Counter(), 0
+            with atomic(args.work / f"{name}.jsonl") as path, open(path, "w", encoding="utf-8") as file:
+                for record in read_queries(source, args.lang):
+                    negatives = record["negative_passages"][:n]
+                    if name in STRATEGIES:
+                        record.pop("false_negatives", None)  # they know none, so they mask none
+                    if len(negatives) < NEGATIVES:
+                        continue  # such a query is left out of the row, as the field's miners do
+                    topic = topic_of[record["lang"], record["query_id"]]
+                    file.write(dump(record | {"topic": topic, "negative_passages": negatives}))
+                    sources.update(passage.get("source", "mined") for passage in negatives)
+                    n_queries += 1
+            counts = {"train_queries": n_queries, "sources": dict(sorted(sources.items()))}
+            (args.work / f"{name}.counts.json").write_text(json.dumps(counts), "utf-8")
+            say(f"{name}: {counts}")
+
+
+# --------------------------------------------------------------------------- a run
+
+def updates(args):
+    """As many steps as --epochs are of the queries that 05_train.py does not hold out, about nine in ten."""
+    n_queries = sum(1 for _ in read_queries(args.run / "topics.jsonl", args.lang))
+    return math.ceil(args.epochs * 0.9 * n_queries / args.batch_size)
 
 
 def one_run(args, name, seed):
     """Train and evaluate a row with one seed; {lang: {query_id: {measure: value}}} goes to WORK/scores."""
     folder = args.work / f"row-{list(ROWS).index(name)}-{seed}"
-    _, negatives, flags, _ = ROWS[name]
-    lang = ["--lang", *args.lang] if args.lang else []
+    row = ROWS[name]
     started = time.time()
-    stage(
-        ROOT / "05_train.py",
-        "--input",
-        args.work / f"{negatives}.jsonl",
-        "--encoder",
-        args.encoder,
-        "--seed",
-        seed,
-        "--epochs",
-        args.epochs,
-        *shlex.split(args.train_flags),
-        *flags,
-        "--out",
-        folder / "model",
-    )
-    stage(
-        ROOT / "06_eval.py",
-        "--data",
-        args.data,
-        "--models",
-        folder / "model",
-        "--cache",
-        folder / "cache",
-        "--out",
-        folder / "eval",
-        *lang,
-    )
+    stage(ROOT / "05_train.py", "--input", args.work / f"{row.negatives}.jsonl", "--encoder", args.encoder,
+          "--seed", seed, "--epochs", 10_000, "--max-steps", updates(args), "--batch-size", args.batch_size,
+          *shlex.split(args.train_flags), *row.flags, "--out", folder / "model")
+    stage(ROOT / "06_eval.py", "--data", args.data, "--models", folder / "model", "--cache", folder / "cache",
+          "--out", folder / "eval", *(["--lang", *args.lang] if args.lang else []))
     evaluation = load_evaluation()
     values = {}
     for path in sorted((folder / "eval/runs").glob("*.trec")):
-        of_lang = path.name.split(".")[-2]
-        qrels = evaluation.read_qrels(Path(args.data) / "qrels/dev" / f"{of_lang}.tsv")
-        values[of_lang] = evaluation.measure_run(qrels, path)
+        lang = path.name.split(".")[-2]
+        qrels = evaluation.read_qrels(Path(args.data) / "qrels/dev" / f"{lang}.tsv")
+        values[lang] = evaluation.measure_run(qrels, path)
+    counts = json.loads((args.work / f"{row.negatives}.counts.json").read_text("utf-8"))
+    result = {"values": values, **counts, "seconds": round(time.time() - started)}
     with atomic(score_path(args, name, seed)) as temporary:
-        temporary.write_text(
-            json.dumps(
-                {
-                    "values": values,
-                    "train_queries": sum(1 for _ in read_lines(args.work / f"{negatives}.jsonl")),
-                    "seconds": round(time.time() - started),
-                }
-            ),
-            "utf-8",
-        )
+        temporary.write_text(json.dumps(result), "utf-8")
     shutil.rmtree(folder)
     say(f"{name}, seed {seed}: nDCG@10 {100 * average(values, 'ndcg@10'):.1f}, {time.time() - started:.0f} s")
 
@@ -347,129 +277,130 @@ def average(values, measure):
     return float(np.mean([np.mean([v[measure] for v in of_lang.values()]) for of_lang in values.values()]))
 
 
+# --------------------------------------------------------------------------- the table
+
+def differences(of_row, reference):
+    """{lang: (seeds, queries)} of nDCG@10, a row's minus its reference's, by the same seeds."""
+    def of(scores, lang):
+        return np.array([[v["ndcg@10"] for v in s["values"][lang].values()] for s in scores])
+    return {lang: of(of_row, lang) - of(reference, lang) for lang in of_row[0]["values"]}
+
+
+def compare(scores, seeds, reference):
+    """{name: {diff, ci95, p}} in points, of the rows that have the reference's seeds."""
+    evaluation = load_evaluation()
+    found = {}
+    for name, of_row in scores.items():
+        if name != reference and reference in scores and seeds[name] == seeds[reference]:
+            test = evaluation.bootstrap(differences(of_row, scores[reference]), seed=0)["avg"]
+            found[name] = {"diff": round(100 * test["diff"], 2), "p": test["p"],
+                           "ci95": [round(100 * bound, 2) for bound in test["ci95"]]}
+    return found
+
+
 def summarise(args, settings):
-    """The rows that have scores: mean, sd and difference to the full method, in points, with the test's p."""
+    """The rows that have scores, in points, with their differences to naive and to full."""
+    evaluation = load_evaluation()
     seeds = {name: [seed for seed in args.seeds if score_path(args, name, seed).is_file()] for name in ROWS}
-    scores = {
-        name: [json.loads(score_path(args, name, seed).read_text("utf-8")) for seed in of_row]
-        for name, of_row in seeds.items()
-        if of_row
-    }
+    scores = {name: [json.loads(score_path(args, name, seed).read_text("utf-8")) for seed in of_row]
+              for name, of_row in seeds.items() if of_row}
     if not scores:
         raise DataError(f"{args.work}: no run has ended yet, so there is no table; give it more --minutes")
-    per_query = {
-        name: np.mean(
-            [[v["ndcg@10"] for of_lang in s["values"].values() for v in of_lang.values()] for s in of_row],
-            axis=0,
-        )
-        for name, of_row in scores.items()
-    }
-    langs, rows, p_of = list(next(iter(scores.values()))[0]["values"]), [], load_evaluation().paired_p
-    full = np.mean([average(s["values"], "ndcg@10") for s in scores[FULL]]) if FULL in scores else None
+    to_naive, to_full = compare(scores, seeds, NAIVE), compare(scores, seeds, FULL)
+    tests = [test for of_rows in (to_naive, to_full) for test in of_rows.values()]
+    for test, p in zip(tests, evaluation.holm([test["p"] for test in tests])):
+        test["p_holm"] = p
+    langs = list(next(iter(scores.values()))[0]["values"])
+    rows = []
     for name, of_row in scores.items():
-        group, negatives, flags, paper = ROWS[name]
-        ndcg = [average(s["values"], "ndcg@10") for s in of_row]
-        compared = name != FULL and seeds[name] == seeds[FULL]
-        rows.append(
-            {
-                "name": name,
-                "group": group,
-                "negatives": negatives,
-                "flags": flags,
-                "seeds": len(of_row),
-                "train_queries": of_row[0]["train_queries"],
-                "ndcg@10": round(100 * float(np.mean(ndcg)), 2),
-                "sd": round(100 * float(np.std(ndcg, ddof=1)), 2) if len(ndcg) > 1 else None,
-                "recall@100": round(
-                    100 * float(np.mean([average(s["values"], "recall@100") for s in of_row])), 2
-                ),
-                "diff": round(100 * float(np.mean(ndcg) - full), 2) if compared else None,
-                "p": p_of(per_query[name] - per_query[FULL]) if compared else None,
-                "paper": paper,
-                "paper_diff": round(paper - ROWS[FULL][3], 1) if paper and name != FULL else None,
-                "by_lang": {
-                    lang: round(
-                        100
-                        * float(
-                            np.mean([[v["ndcg@10"] for v in s["values"][lang].values()] for s in of_row])
-                        ),
-                        2,
-                    )
-                    for lang in langs
-                },
-            }
-        )
+        ndcg = [100 * average(s["values"], "ndcg@10") for s in of_row]
+        recall = [100 * average(s["values"], "recall@100") for s in of_row]
+        by_lang = {lang: np.mean([average({lang: s["values"][lang]}, "ndcg@10") for s in of_row])
+                   for lang in langs}
+        paper = ROWS[name].paper
+        rows.append({"name": name, **ROWS[name]._asdict(), "seeds": len(of_row),
+                     "train_queries": of_row[0]["train_queries"], "sources": of_row[0]["sources"],
+                     "ndcg@10": round(float(np.mean(ndcg)), 2),
+                     "recall@100": round(float(np.mean(recall)), 2),
+                     "sd": round(float(np.std(ndcg, ddof=1)), 2) if len(ndcg) > 1 else None,
+                     "to_naive": to_naive.get(name), "to_full": to_full.get(name),
+                     "paper_diff": round(paper - ROWS[FULL].paper, 1) if paper and name != FULL else None,
+                     "by_lang": {lang: round(100 * value, 2) for lang, value in by_lang.items()}})
+    some = next(iter(scores.values()))[0]["values"]
     seconds = sum(s["seconds"] for of_row in scores.values() for s in of_row)
-    return {
-        "settings": settings,
-        "langs": langs,
-        "queries": len(next(iter(per_query.values()))),
-        "runs": sum(map(len, scores.values())),
-        "hours": round(seconds / 3600 / args.jobs, 2),
-        "ablations": rows,
-    }
+    return {"settings": settings, "langs": langs, "queries": sum(map(len, some.values())),
+            "runs": sum(map(len, scores.values())), "hours": round(seconds / 3600 / args.jobs, 2),
+            "ablations": rows}
+
+
+def cells(test):
+    """A difference (bold where p by Holm is under 0.05), its interval and that p."""
+    if test is None:
+        return ["", "", ""]
+    mark = "**" if test["p_holm"] < 0.05 else ""
+    low, high = test["ci95"]
+    return [f"{mark}{test['diff']:+.1f}{mark}", f"{low:+.1f} to {high:+.1f}", f"{test['p_holm']:.2g}"]
 
 
 def table(result):
-    """Markdown: a row a setting, the paper's difference beside ours."""
-    langs = result["langs"]
-    lines = [
-        "| | nDCG@10 | sd | to full | p | paper, to full | R@100 | " + " | ".join(langs) + " |",
-        "|---" + "|---:" * (6 + len(langs)) + "|",
-    ]
+    """Markdown: a row a setting, the paper's difference beside ours; then its sources of negatives."""
+    langs, rows = result["langs"], result["ablations"]
+    head = ["nDCG@10", "sd", "to naive", "95% interval", "p", "to full", "95% interval", "p",
+            "paper, to full", "R@100", *langs]
+    lines = [f"| | {' | '.join(head)} |", "|---" + "|---:" * len(head) + "|"]
     group = None
-    for row in result["ablations"]:
-        if row["group"] != group and row["group"]:
-            lines.append(f"| *{row['group']}* |" + " |" * (6 + len(langs)))
+    for row in rows:
+        if row["group"] != group:
+            lines.append(f"| *{row['group']}* |" + " |" * len(head))
         group = row["group"]
-        mark = "**" if row["p"] is not None and row["p"] < 0.05 else ""
-        cells = [
-            f"{row['ndcg@10']:.1f}",
-            "" if row["sd"] is None else f"{row['sd']:.1f}",
-            "" if row["diff"] is None else f"{mark}{row['diff']:+.1f}{mark}",
-            "" if row["p"] is None else f"{row['p']:.2g}",
-            "" if row["paper_diff"] is None else f"{row['paper_diff']:+.1f}",
-            f"{row['recall@100']:.1f}",
-            *(f"{row['by_lang'][lang]:.1f}" for lang in langs),
-        ]
-        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
-    seeds, most = (max(row[key] for row in result["ablations"]) for key in ("seeds", "train_queries"))
-    left_out = [
-        f"{row['name']}: {most - row['train_queries']} of {most}"
-        for row in result["ablations"]
-        if row["train_queries"] < most
-    ]
-    short = (
-        f"Queries left with fewer than {NEGATIVES} negatives are not trained on ({', '.join(left_out)}). "
-        if left_out
-        else ""
-    )
-    return "\n".join(lines) + (
-        f"\n\n{reading(result)}\n\n{result['queries']} dev queries, {seeds} seeds, "
-        f"{result['settings']['epochs']} epochs; bold: p < 0.05. "
-        f"{short}The paper's column is of full MIRACL and BGE-M3: the same rows, other data and models."
-    )
+        paper = "" if row["paper_diff"] is None else f"{row['paper_diff']:+.1f}"
+        sd = "" if row["sd"] is None else f"{row['sd']:.1f}"
+        by_lang = [f"{row['by_lang'][lang]:.1f}" for lang in langs]
+        lines.append("| " + " | ".join([row["name"], f"{row['ndcg@10']:.1f}", sd, *cells(row["to_naive"]),
+                                        *cells(row["to_full"]), paper, f"{row['recall@100']:.1f}", *by_lang])
+                     + " |")
+    settings, n_seeds = result["settings"], max(row["seeds"] for row in rows)
+    most = max(row["train_queries"] for row in rows)
+    left_out = ", ".join(f"{row['name']}: {most - row['train_queries']} of {most}" for row in rows
+                         if row["train_queries"] < most)
+    lines += ["", reading(rows), "",
+              f"{result['queries']} dev queries, {n_seeds} seeds, {settings['updates']} updates of "
+              f"{settings['batch_size']} queries ({settings['epochs']} epochs). Interval and p: bootstrap of "
+              "the average over languages, drawing queries within each language, and seeds; p after Holm's "
+              "correction over the table, bold under 0.05. The paper's column is of full MIRACL and BGE-M3: "
+              "the same rows, other data and models."]
+    if left_out:
+        lines += ["", f"Queries left with fewer than {NEGATIVES} negatives are not trained on ({left_out})."]
+    return "\n".join([*lines, "", *sources_table(rows)])
 
 
-def reading(result):
-    """What helped and what did not, in a sentence or two; only differences with p < 0.05 are named."""
-    rows = [row for row in result["ablations"] if row["diff"] is not None]
+def sources_table(rows):
+    """Where the negatives of each row came from, in percent."""
+    kinds = sorted({kind for row in rows for kind in row["sources"]})
+    lines = ["| negatives, % | " + " | ".join(kinds) + " |", "|---" + "|---:" * len(kinds) + "|"]
+    for name, row in {row["negatives"]: row for row in rows}.items():
+        total = sum(row["sources"].values())
+        shares = [f"{100 * row['sources'].get(kind, 0) / total:.1f}" for kind in kinds]
+        of_rows = ", ".join(other["name"] for other in rows if other["negatives"] == name)
+        lines.append(f"| {of_rows} | " + " | ".join(shares) + " |")
+    return lines
+
+
+def reading(rows):
+    """What helped and what did not, in a few sentences; only corrected differences are named."""
     parts = []
-    for words, sign in (("below", -1), ("above", 1)):
-        some = sorted(
-            (row for row in rows if row["p"] < 0.05 and sign * row["diff"] > 0),
-            key=lambda row: sign * row["diff"],
-            reverse=True,
-        )
-        named = ", ".join(f"{row['name']} ({row['diff']:+.1f})" for row in some)
-        parts.append(f"Significantly {words} the full method: {named or 'none'}.")
-    within = [row for row in rows if row["p"] >= 0.05]
-    if within:
-        widest = max(abs(row["diff"]) for row in within)
-        parts.append(
-            f"The other {len(within)} rows cannot be told from it on these data (differences up to "
-            f"{widest:.1f} points)."
-        )
+    for reference, key in (("naive negatives", "to_naive"), ("the full method", "to_full")):
+        tests = {row["name"]: row[key] for row in rows if row[key]}
+        for words, sign in (("above", 1), ("below", -1)):
+            some = sorted((-sign * test["diff"], name) for name, test in tests.items()
+                          if test["p_holm"] < 0.05 and sign * test["diff"] > 0)
+            named = ", ".join(f"{name} ({tests[name]['diff']:+.1f})" for _, name in some)
+            parts.append(f"Significantly {words} {reference}: {named or 'none'}.")
+        within = [test for test in tests.values() if test["p_holm"] >= 0.05]
+        if within:
+            widest = max(abs(test["diff"]) for test in within)
+            parts.append(f"{len(within)} rows cannot be told from it on these data (differences up to "
+                         f"{widest:.1f} points).")
     return " ".join(parts)
 
 
@@ -477,36 +408,25 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     args.work = args.work or args.run / "ablations"
     args.retrievers = args.retrievers or ["bm25", args.encoder]
-    next(
-        read_queries(args.run / "topics.jsonl", args.lang, need=["topic"])
-    )  # stops in one line where the run is not there
-    settings = {
-        "epochs": args.epochs,
-        "train_flags": args.train_flags,
-        "target": args.target,
-        "lang": args.lang,
-        "llm": args.llm,
-        "retrievers": [*map(short_name, args.retrievers)],
-        "fusion": args.fusion,
-        "topics": digest_file(args.run / "topics.jsonl"),
-        "dev": digest_file(Path(args.data) / "dev.jsonl"),
-        "encoder": digest_folder(model_folder(args.encoder)),
-    }
+    next(read_queries(args.run / "topics.jsonl", args.lang, need=["topic"]))  # or one line, if there is none
+    settings = {"epochs": args.epochs, "batch_size": args.batch_size, "updates": updates(args),
+                "train_flags": args.train_flags, "target": args.target, "shallow": args.shallow,
+                "lang": args.lang, "llm": args.llm, "retrievers": [*map(short_name, args.retrievers)],
+                "fusion": args.fusion, "topics": digest_file(args.run / "topics.jsonl"),
+                "dev": digest_file(Path(args.data) / "dev.jsonl"),
+                "encoder": digest_folder(model_folder(args.encoder))}
     (args.work / "scores").mkdir(parents=True, exist_ok=True)
     known = args.work / "scores/settings.json"
     if known.is_file() and json.loads(known.read_text("utf-8")) != settings:
-        raise DataError(
-            f"{known}: the scores there are of other settings ({known.read_text('utf-8')}); give another "
-            f"--work, or remove {args.work}"
-        )
+        raise DataError(f"{known}: the scores there are of other settings ({known.read_text('utf-8')}); give "
+                        f"another --work, or remove {args.work}")
     with atomic(known) as temporary:
         temporary.write_text(json.dumps(settings), "utf-8")
     begun, rows, saving = time.time(), args.rows or list(ROWS), Lock()
-    todo = [
-        (name, seed) for seed in args.seeds for name in rows if not score_path(args, name, seed).is_file()
-    ]
+    todo = [(name, seed) for seed in args.seeds for name in rows
+            if not score_path(args, name, seed).is_file()]
     if todo:
-        make_inputs(args, dict.fromkeys(ROWS[name][1] for name, _ in todo))
+        Inputs(args).make(dict.fromkeys(ROWS[name].negatives for name, _ in todo))
 
     def do(job):
         if time.time() - begun < 60 * args.minutes:

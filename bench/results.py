@@ -160,46 +160,60 @@ def markdown(header, rows):
 
 
 def scores(name, called=None):
-    """A row a model, nDCG@10 by language, both measures on average, and the test against the baseline."""
+    """A row a model: both measures on average, the tests against the baselines, nDCG@10 by language."""
     result = load(name)
     models, zero_shot = result["models"], result["settings"]["zero_shot"]
     langs = [lang for lang in next(iter(models.values())) if lang != "avg"]
+    baselines = result["settings"]["baselines"]
+    tests = {(test["model"], test["vs"]): test for test in result["tests"]}
+    tests |= {(vs, model): None for model, vs in tests}  # of a pair of baselines, told once
+    called = called or {}
     rows = []
     for model, of_lang in models.items():
-        test = result["tests"].get(model)
-        rows.append(
-            [
-                (called or {}).get(model, model),
-                f"**{100 * of_lang['avg']['ndcg@10']:.1f}**",
-                f"{100 * of_lang['avg']['recall@100']:.1f}",
-                *(f"{100 * of_lang[lang]['ndcg@10']:.1f}" for lang in langs),
-                f"{100 * test['avg_diff']:+.1f} ({test['p']:.1g})" if test else "",
-            ]
-        )
-    header = [
-        "nDCG@10",
-        "avg",
-        "R@100",
-        *(lang + "*" * (lang in zero_shot) for lang in langs),
-        "difference (p)",
-    ]
+        differences = []
+        for baseline in baselines:
+            test = tests.get((model, baseline))
+            if test is None:
+                differences.append("")
+                continue
+            low, high = (f"{100 * bound:+.1f}" for bound in test["ci95"])
+            differences.append(f"{100 * test['diff']:+.1f} [{low}, {high}], p {test['p_holm']:.2g}")
+        rows.append([called.get(model, model), f"**{100 * of_lang['avg']['ndcg@10']:.1f}**",
+                     f"{100 * of_lang['avg']['recall@100']:.1f}", *differences,
+                     *(f"{100 * of_lang[lang]['ndcg@10']:.1f}" for lang in langs)])
+    header = ["nDCG@10", "avg", "R@100", *(f"to {called.get(baseline, baseline)}" for baseline in baselines),
+              *(lang + "*" * (lang in zero_shot) for lang in langs)]
     queries = next(iter(models.values()))["avg"]["queries"]
     note = "; * no training queries in this language" if zero_shot else ""
+    if baselines:
+        note += "; differences with 95% interval and p (Holm), by a bootstrap of the average over languages"
     return f"{markdown(header, rows)}\n\n{queries} dev queries{note}"
 
 
-def main_table(name):
-    """The README's: the rows of scores, called by what they are."""
-    start = load(name)["settings"]["baseline"]
-    return scores(
-        name,
-        {
-            "bm25": "BM25",
-            start: "encoder it starts from",
-            "model": "full method",
-            "naive-top-k": "naive top-k, mixed batches, no weights",
-        },
-    )
+def main_table(name, ablations_name):
+    """The README's: BM25 and the start by the run NAME, the path from naive to full by the ablations."""
+    result, by_rows = load(name), load(ablations_name)
+    langs = by_rows["langs"]
+    called = {"bm25": "BM25", result["settings"]["baselines"][0]: "encoder it starts from"}
+    rows = []
+    for model, title in called.items():
+        of_lang = result["models"][model]
+        average = of_lang["avg"]
+        rows.append([title, f"{100 * average['ndcg@10']:.1f}", f"{100 * average['recall@100']:.1f}", "",
+                     *(f"{100 * of_lang[lang]['ndcg@10']:.1f}" for lang in langs)])
+    for row in by_rows["ablations"]:
+        if row["group"] == by_rows["ablations"][0]["group"]:
+            test = row["to_naive"]
+            told = ""
+            if test:
+                low, high = test["ci95"]
+                told = f"{test['diff']:+.1f} [{low:+.1f}, {high:+.1f}], p {test['p_holm']:.2g}"
+            rows.append([row["name"], f"**{row['ndcg@10']:.1f}** ± {row['sd']:.1f}",
+                         f"{row['recall@100']:.1f}", told, *(f"{row['by_lang'][lang]:.1f}" for lang in langs)])
+    header = ["nDCG@10", "avg", "R@100", "to naive", *langs]
+    n_seeds = max(row["seeds"] for row in by_rows["ablations"])
+    return (f"{markdown(header, rows)}\n\n{by_rows['queries']} dev queries; trained rows: mean and standard "
+            f"deviation of {n_seeds} seeds, difference with 95% interval and p after Holm's correction")
 
 
 def costs(*names):

@@ -22,9 +22,9 @@ from common import DataError, passage_text
 from encoder import Encoder
 
 bench = load_stage("bench/ablations")
-NAMES = list(dict.fromkeys(negatives for _, negatives, _, _ in bench.ROWS.values()))
-DEPTH, N = 6, 10  # so every query is short of negatives after stage 02
-TWO = ["full method", "naive top-k"]
+NAMES = list(dict.fromkeys(row.negatives for row in bench.ROWS.values()))
+DEPTH, FEW, N = 6, 5, 10  # so every query is short of negatives after stage 02
+TWO = ["naive top-k", "full method"]
 
 
 def read(path):
@@ -116,10 +116,14 @@ def command(top, work, *more):
             top / "encoder",
             "--target",
             N,
+            "--shallow",
+            FEW,
             "--epochs",
             1,
+            "--batch-size",
+            4,
             "--train-flags",
-            "--lr 1e-3 --temperature 0.05 --batch-size 4",
+            "--lr 1e-3 --temperature 0.05",
             "--cache",
             top / "cache",
             "--jobs",
@@ -148,7 +152,7 @@ def inputs(made):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "stage", here)
         patch.setattr(bench, "NEGATIVES", 1)  # so that no query of this small cut is left out
-        bench.make_inputs(parsed(made, made / "inputs"), NAMES)
+        bench.Inputs(parsed(made, made / "inputs")).make(NAMES)
     return {name: read(made / f"inputs/{name}.jsonl") for name in NAMES}
 
 
@@ -202,9 +206,7 @@ def test_limits_of_strategies_are_of_the_mean_cosine_whatever_the_number_of_retr
     shutil.copytree(made / "encoder", tmp_path / "twin")
     monkeypatch.setattr(bench, "stage", here)
     monkeypatch.setattr(bench, "NEGATIVES", 1)
-    bench.make_inputs(
-        parsed(made, tmp_path, "--retrievers", "bm25", made / "encoder", tmp_path / "twin"), ["margin"]
-    )
+    bench.Inputs(parsed(made, tmp_path, "--retrievers", "bm25", made / "encoder", tmp_path / "twin")).make(["margin"])
     assert [docids(r["negative_passages"]) for r in read(tmp_path / "margin.jsonl")] == [
         docids(r["negative_passages"]) for r in inputs["margin"]
     ]
@@ -218,13 +220,13 @@ def test_false_negatives_that_the_data_knows_are_not_masked_for_mined_negatives(
     records[0]["false_negatives"] = inputs["topk"][0]["negative_passages"][:1]
     write(tmp_path / "data/train.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
     monkeypatch.setattr(bench, "stage", here)
-    bench.make_inputs(parsed(made, tmp_path / "work", "--data", tmp_path / "data"), ["topk"])
+    bench.Inputs(parsed(made, tmp_path / "work", "--data", tmp_path / "data")).make(["topk"])
     assert read(tmp_path / "work/topk.jsonl") == inputs["topk"]
 
 
 def test_a_query_with_fewer_negatives_than_a_step_takes_is_left_out(made, inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "stage", here)
-    bench.make_inputs(parsed(made, tmp_path), ["filtered"])
+    bench.Inputs(parsed(made, tmp_path)).make(["filtered"])
     kept = [r for r in inputs["filtered"] if len(r["negative_passages"]) >= 7]
     assert read(tmp_path / "filtered.jsonl") == kept and len(kept) < 12
 
@@ -271,6 +273,48 @@ def test_without_stage_1_peoples_negatives_come_first_and_nothing_is_mined(made,
     assert kept > 0
 
 
+def test_stage_2_is_measured_from_few_candidates(made, inputs):
+    for i, candidates in enumerate(read(made / "run/candidates.jsonl")):
+        few, deep = inputs["shallowfiltered"][i], inputs["filtered"][i]
+        first = docids(candidates["candidate_passages"])[:FEW]
+        mined = [p["docid"] for p in few["negative_passages"] if p["source"] == "mined"]
+        assert mined == [d for d in docids(deep["negative_passages"]) if d in first and d in mined]
+        assert len(mined) <= FEW and len(inputs["shallow"][i]["negative_passages"]) == N
+    generated = [p["source"] == "generated-query" for r in inputs["shallow"] for p in r["negative_passages"]]
+    assert sum(generated) > 0
+
+
+def test_the_relabelled_row_makes_positives_of_the_highest_grade(made, inputs):
+    meta = json.loads((made / "inputs/relabelled.filtered.jsonl.meta.json").read_text("utf-8"))
+    assert meta["arguments"]["relabel_at"] == 2
+    assert all(len(record["negative_passages"]) == N for record in inputs["relabelled"])
+
+
+def test_where_negatives_came_from_is_counted(made, inputs):
+    counts = json.loads((made / "inputs/shallow.counts.json").read_text("utf-8"))
+    assert counts["train_queries"] == 12 and sum(counts["sources"].values()) == 12 * N
+    assert counts["sources"]["generated-query"] == sum(
+        p["source"] == "generated-query" for r in inputs["shallow"] for p in r["negative_passages"]
+    )
+
+
+def test_every_row_makes_the_same_number_of_updates(made, tmp_path, monkeypatch):
+    asked = []
+
+    def stage(*command):
+        asked.append([str(word) for word in command])
+        raise DataError("enough")
+
+    monkeypatch.setattr(bench, "stage", stage)
+    args = parsed(made, tmp_path, "--epochs", 4)
+    for name in ("full method", "batch of 64", "naive top-k"):
+        with pytest.raises(DataError, match="enough"):
+            bench.one_run(args, name, 13)
+    steps = [command[command.index("--max-steps") + 1] for command in asked]
+    assert steps == ["11"] * 3  # 4 epochs of nine tenths of 12 queries in batches of 4
+    assert asked[1][-4:-2] == ["--batch-size", "64"]  # the row's own comes last, and counts
+
+
 def test_without_pdbg_what_is_short_is_written(inputs):
     sources = [p["source"] for record in inputs["written"] for p in record["negative_passages"]]
     assert sources.count("written") > 0 and "generated-query" not in sources
@@ -290,7 +334,7 @@ def test_without_reference_neither_candidates_nor_new_passages_are_judged_with_o
 
 def test_a_stage_that_asks_a_model_is_served_the_stand_in(made, inputs, tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_BASE_URL")
-    bench.make_inputs(parsed(made, tmp_path, "--cache", tmp_path / "cache"), ["N20"])
+    bench.Inputs(parsed(made, tmp_path, "--cache", tmp_path / "cache")).make(["N20"])
     assert read(tmp_path / "N20.jsonl") == inputs["N20"]
 
 
@@ -305,12 +349,12 @@ def test_a_file_of_the_run_that_changed_is_read_again_whatever_its_date(made, tm
     monkeypatch.setattr(bench, "NEGATIVES", 1)
     shutil.copytree(made / "run", tmp_path / "run")
     args = parsed(made, tmp_path / "work", "--run", tmp_path / "run")
-    bench.make_inputs(args, ["filtered"])
+    bench.Inputs(args).make(["filtered"])
     records = read(tmp_path / "run/filtered.jsonl")
     records[0]["negative_passages"] = records[0]["negative_passages"][:2]
     write(tmp_path / "run/filtered.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
     os.utime(tmp_path / "run/filtered.jsonl", (0, 0))  # as from a backup that keeps dates
-    bench.make_inputs(args, ["filtered"])
+    bench.Inputs(args).make(["filtered"])
     assert len(read(tmp_path / "work/filtered.jsonl")[0]["negative_passages"]) == 2
 
 
@@ -345,7 +389,7 @@ def test_a_killed_run_goes_on_to_the_result_of_an_undisturbed_one(made, tmp_path
     rows = ["--seeds", 13, "--rows", *TWO]
     first, second = (work / f"scores/{name.replace(' ', '-')}.13.json" for name in TWO)
     start_and_kill(
-        command(made, work, *rows), (work / "row-1-13/model.checkpoint/train_log.jsonl").exists
+        command(made, work, *rows), (work / "row-3-13/model.checkpoint/train_log.jsonl").exists
     )  # the second row is training
     assert first.is_file() and not second.exists()
     before = first.stat()
@@ -384,7 +428,7 @@ def invented(made, monkeypatch):
         )
 
     monkeypatch.setattr(bench, "one_run", one_run)
-    monkeypatch.setattr(bench, "make_inputs", lambda args, names: asked.append(tuple(names)))
+    monkeypatch.setattr(bench.Inputs, "make", lambda self, names: asked.append(tuple(names)))
     return asked
 
 
@@ -397,6 +441,7 @@ def scores(**langs):
                 for lang, of_lang in langs.items()
             },
             "train_queries": 12,
+            "sources": {"mined": 9, "human": 3},
             "seconds": 90,
         }
     )
@@ -419,8 +464,8 @@ def test_rows_run_in_parts_and_none_twice(made, tmp_path, invented):
     assert invented == [("augmented",)]
     result = json.loads((tmp_path / "result.json").read_text("utf-8"))
     assert [(row["name"], row["seeds"]) for row in result["ablations"]] == [
-        ("full method", 2),
         ("naive top-k", 2),
+        ("full method", 2),
         ("batch of 8", 2),
     ]
 
@@ -461,20 +506,11 @@ def test_a_run_without_topics_is_refused_in_one_line(made, tmp_path):
 
 @pytest.fixture
 def summary(tmp_path):
-    """Four rows on two Swahili queries and a Thai one."""
+    """Rows on two Swahili queries and a Thai one."""
     rows = {
-        "full method": {
-            1: ([0.6, 0.8], [0.5]),
-            2: ([0.8, 0.8], [0.7]),
-        },  # seed 1: (0.7 + 0.5) / 2 = 0.6, seed 2: (0.8 + 0.7) / 2 = 0.75
-        "naive top-k": {
-            1: ([0.4, 0.8], [0.3]),
-            2: ([0.4, 0.6], [0.5]),
-        },  # 0.45 and 0.5; by query 0.3, 0.1, 0.2 under the full method
-        "no stage 2": {
-            1: ([0.3, 0.6], [0.25]),
-            2: ([0.5, 0.6], [0.45]),
-        },  # 0.35 and 0.5; by query 0.3, 0.2, 0.25 under it
+        "naive top-k": {1: ([0.4, 0.8], [0.3]), 2: ([0.4, 0.6], [0.5])},  # averages 0.45 and 0.5
+        "full method": {1: ([0.6, 0.8], [0.5]), 2: ([0.8, 0.8], [0.7])},  # (0.7 + 0.5) / 2 = 0.6 and 0.75
+        "few candidates, no stage 2": {1: ([0.3, 0.6], [0.25]), 2: ([0.5, 0.6], [0.45])},  # 0.35, 0.5
         "no topic balance": {1: ([0.1, 0.1], [0.1])},
         "no weights": {1: ([0.6, 0.8], [0.5]), 3: ([0.6, 0.8], [0.5])},
     }
@@ -482,73 +518,58 @@ def summary(tmp_path):
     for name, of_row in rows.items():
         for seed, (sw, th) in of_row.items():
             write(bench.score_path(args, name, seed), scores(sw=sw, th=th))
-    return bench.summarise(args, {"epochs": 2})
+    found = bench.summarise(args, {"epochs": 2, "updates": 99, "batch_size": 24})
+    return {row["name"]: row for row in found["ablations"]}, found
 
 
-def test_mean_deviation_difference_and_p_are_those_of_a_calculation_by_hand(summary):
-    full, naive, no_stage_2, *_ = summary["ablations"]
-    assert (full["ndcg@10"], full["sd"], full["diff"], full["p"], full["paper_diff"]) == (
-        67.5,
-        10.61,
-        None,
-        None,
-        None,
-    )
-    assert (naive["ndcg@10"], naive["sd"], naive["diff"], naive["paper"], naive["paper_diff"]) == (
-        47.5,
-        3.54,
-        -20.0,
-        67.6,
-        -3.0,
-    )
-    assert (
-        full["by_lang"] == {"sw": 75.0, "th": 60.0}
-        and naive["by_lang"] == {"sw": 55.0, "th": 40.0}
-        and full["recall@100"] == 100
-    )
-    by_query = [0.7, 0.8, 0.6]  # of the full method, seeds averaged
-    assert (
-        naive["p"]
-        == pytest.approx(ttest_rel([0.4, 0.7, 0.4], by_query).pvalue, rel=0.005)
-        == pytest.approx(0.0742, rel=0.005)
-    )
-    assert (
-        no_stage_2["p"]
-        == pytest.approx(ttest_rel([0.4, 0.6, 0.35], by_query).pvalue, rel=0.005)
-        == pytest.approx(0.0131, rel=0.005)
-    )
-    assert (
-        summary["queries"] == 3 and summary["runs"] == 9 and summary["hours"] == round(9 * 90 / 3600 / 2, 2)
-    )
+def test_mean_deviation_and_differences_are_those_of_a_calculation_by_hand(summary):
+    rows, found = summary
+    full, naive, shallow = (rows[n] for n in ("full method", "naive top-k", "few candidates, no stage 2"))
+    assert (full["ndcg@10"], full["sd"], full["to_full"], full["paper_diff"]) == (67.5, 10.61, None, None)
+    assert (naive["ndcg@10"], naive["sd"], naive["to_naive"], naive["paper_diff"]) == (47.5, 3.54, None, -3.0)
+    assert full["by_lang"] == {"sw": 75.0, "th": 60.0} and full["recall@100"] == 100
+    assert (full["to_naive"]["diff"], naive["to_full"]["diff"]) == (20.0, -20.0)
+    assert (shallow["to_naive"]["diff"], shallow["to_full"]["diff"]) == (-5.0, -25.0)
+    assert (found["queries"], found["runs"], found["hours"]) == (3, 9, round(9 * 90 / 3600 / 2, 2))
 
 
-def test_a_row_with_other_seeds_than_the_full_method_is_not_compared(summary):
-    fewer, others = summary["ablations"][3:]
-    assert [fewer[k] for k in ("name", "seeds", "ndcg@10", "sd", "diff", "p")] == [
-        "no topic balance",
-        1,
-        10.0,
-        None,
-        None,
-        None,
-    ]
-    assert (others["name"], others["seeds"], others["diff"], others["p"]) == ("no weights", 2, None, None)
+def test_interval_and_p_draw_queries_and_seeds_together(summary):
+    rows, _ = summary
+    # full - naive: sw (seed 1) 0.2 0.0, (seed 2) 0.4 0.2; th 0.2, 0.2: no draw is negative, the least is
+    # both times seed 1 and the second query: (0.0 + 0.2) / 2, the most seed 2 and the first: (0.4 + 0.2) / 2
+    test = rows["full method"]["to_naive"]
+    assert test["ci95"] == [10.0, 30.0] and test["p"] == 0.0002
+    # naive - few: sw 0.1 0.2, -0.1 0.0; th 0.05, 0.05: (-0.1 + 0.05) / 2 to (0.2 + 0.05) / 2, on both sides
+    test = rows["few candidates, no stage 2"]["to_naive"]
+    assert test["ci95"] == [-12.5, 2.5] and 0.05 < test["p"] < 0.5
+    # five tests: full and few against naive, naive and few against full, by Holm
+    p = {n: rows["full method"]["to_naive"]["p_holm"] for n in ("full",)}
+    assert p["full"] == pytest.approx(4 * 0.0002)
+    assert rows["few candidates, no stage 2"]["to_naive"]["p_holm"] == test["p"]  # the largest
+
+
+def test_a_row_with_other_seeds_is_not_compared(summary):
+    fewer, others = (summary[0][name] for name in ("no topic balance", "no weights"))
+    assert (fewer["seeds"], fewer["ndcg@10"], fewer["sd"], fewer["to_full"]) == (1, 10.0, None, None)
+    assert (others["seeds"], others["to_full"], others["to_naive"]) == (2, None, None)
 
 
 def test_the_table_marks_what_is_significant_and_shows_the_papers_difference(summary):
-    lines = bench.table(summary).splitlines()
-    assert lines[0] == "| | nDCG@10 | sd | to full | p | paper, to full | R@100 | sw | th |"
-    assert lines[2:7] == [
-        "| full method | 67.5 | 10.6 |  |  |  | 100.0 | 75.0 | 60.0 |",
-        "| *Table 2* |" + " |" * 8,
-        "| naive top-k | 47.5 | 3.5 | -20.0 | 0.074 | -3.0 | 100.0 | 55.0 | 40.0 |",
-        "| *Tables 3, 5, 6* |" + " |" * 8,
-        "| no stage 2 | 42.5 | 10.6 | **-25.0** | 0.013 | -2.1 | 100.0 | 50.0 | 35.0 |",
-    ]
-    assert lines[-1].startswith("3 dev queries, 2 seeds, 2 epochs; bold: p < 0.05.")
-    assert lines[-3] == (
-        "Significantly below the full method: no stage 2 (-25.0). Significantly above the full method: "
-        "none. The other 1 rows "
-        "cannot be told from it on these data (differences up to 20.0 points)."
+    text = bench.table(summary[1])
+    lines = text.splitlines()
+    assert lines[0] == (
+        "| | nDCG@10 | sd | to naive | 95% interval | p | to full | 95% interval | p "
+        "| paper, to full | R@100 | sw | th |"
     )
-    assert all(line.count("|") == 10 for line in lines[:-4])
+    assert lines[2] == "| *step by step* |" + " |" * 12
+    assert lines[3] == (
+        "| naive top-k | 47.5 | 3.5 |  |  |  | **-20.0** | -30.0 to -10.0 | 0.0008 | -3.0 | 100.0 "
+        "| 55.0 | 40.0 |"
+    )
+    assert lines[4] == (
+        "| full method | 67.5 | 10.6 | **+20.0** | +10.0 to +30.0 | 0.0008 |  |  |  |  | 100.0 | 75.0 | 60.0 |"
+    )
+    assert "Significantly above naive negatives: full method (+20.0)." in text
+    assert "3 dev queries, 2 seeds, 99 updates of 24 queries (2 epochs)." in text
+    assert "| negatives, % | human | mined |" in lines
+    assert "| naive top-k | 25.0 | 75.0 |" in lines

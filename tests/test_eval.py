@@ -253,33 +253,53 @@ def test_a_query_without_results_counts_zero_and_one_without_relevant_passages_d
     }
 
 
-def test_significance_is_the_paired_t_test_and_the_interval_holds_the_difference(stage):
-    from scipy.stats import ttest_rel
-
+def test_interval_and_p_are_of_one_bootstrap_of_the_average_over_languages(stage):
     rng = np.random.default_rng(0)
-    a, b = (
-        {
-            lang: {str(q): {"ndcg@10": float(x)} for q, x in enumerate(rng.random(n) * top)}
-            for lang, n in (("sw", 40), ("th", 9))
-        }
-        for top in (1.0, 0.7)
-    )
-    found = stage.significance(a, b, seed=13)
-    pairs = {
-        lang: ([a[lang][q]["ndcg@10"] for q in a[lang]], [b[lang][q]["ndcg@10"] for q in a[lang]])
-        for lang in a
+    differences = {"sw": rng.normal(0.1, 0.4, (1, 80)), "th": rng.normal(0.05, 0.3, (1, 30))}
+    found = stage.bootstrap(differences, seed=13)
+    means = {lang: of_lang.mean() for lang, of_lang in differences.items()}
+    assert found["sw"]["diff"] == pytest.approx(means["sw"], abs=1e-5)
+    assert found["avg"]["diff"] == pytest.approx((means["sw"] + means["th"]) / 2, abs=1e-5)
+    # nearly normal: 1.96 standard errors, and the p of a z test
+    errors = {lang: np.std(of_lang) / math.sqrt(of_lang.size) for lang, of_lang in differences.items()}
+    errors["avg"] = math.hypot(errors["sw"], errors["th"]) / 2
+    for lang, error in errors.items():
+        low, high = found[lang]["ci95"]
+        assert high - low == pytest.approx(2 * 1.96 * error, rel=0.05)
+        z = abs(found[lang]["diff"]) / error
+        assert found[lang]["p"] == pytest.approx(math.erfc(z / math.sqrt(2)), rel=0.25)
+    assert stage.bootstrap(differences, seed=13) == found != stage.bootstrap(differences, seed=14)
+    nothing = stage.bootstrap({"sw": np.zeros((1, 5))}, seed=13)
+    assert nothing["avg"] == {"diff": 0, "p": 1, "ci95": [0, 0]}
+    assert stage.bootstrap({"sw": np.ones((1, 5))}, seed=13)["avg"]["p"] == 0.0002
+
+
+def test_seeds_are_drawn_too(stage):
+    queries = np.full((1, 400), 0.0)
+    runs = np.array([[-0.1], [0.0], [0.1]]) + queries  # the seeds differ, the queries do not
+    assert stage.bootstrap({"sw": runs}, seed=13)["avg"]["ci95"] == pytest.approx([-0.1, 0.1], abs=0.04)
+    assert stage.bootstrap({"sw": runs[1:2]}, seed=13)["avg"]["ci95"] == [0, 0]
+
+
+def test_holms_correction_is_that_of_a_calculation_by_hand(stage):
+    # 0.01 x 4, 0.02 x 3, 0.03 x 2 = 0.06 (not under the one before), 0.9 x 1
+    assert stage.holm([0.03, 0.01, 0.9, 0.02]) == [0.06, 0.04, 0.9, 0.06]
+    assert stage.holm([0.5, 0.6]) == [1.0, 1.0] and stage.holm([]) == []
+
+
+def test_each_model_is_tested_against_each_baseline_and_a_pair_once(stage):
+    values = {
+        model: {"sw": {str(q): {"ndcg@10": base + q / 100} for q in range(9)}}
+        for model, base in (("bm25", 0.5), ("start", 0.3), ("model", 0.6))
     }
-    both = [sum((pairs[lang][i] for lang in pairs), []) for i in (0, 1)]
-    assert found["p"] == pytest.approx(ttest_rel(*both).pvalue, rel=6e-3)
-    assert found["by_lang"]["th"]["p"] == pytest.approx(ttest_rel(*pairs["th"]).pvalue, rel=6e-3)
-    diffs = {lang: np.mean(x) - np.mean(y) for lang, (x, y) in pairs.items()}
-    assert found["avg_diff"] == pytest.approx(np.mean(list(diffs.values())), abs=1e-5)
-    assert found["ci95"][0] < found["avg_diff"] < found["ci95"][1]
-    # the interval is about that of a normal approximation: 1.96 standard errors of the mean over languages
-    error = math.sqrt(sum(np.var(np.subtract(*p)) / len(p[0]) for p in pairs.values())) / 2
-    assert found["ci95"][1] - found["ci95"][0] == pytest.approx(2 * 1.96 * error, rel=0.1)
-    assert stage.significance(a, b, seed=14)["ci95"] != found["ci95"]
-    assert stage.significance(a, a, seed=13)["p"] == 1.0
+    tests = stage.significance(values, ["start", "bm25"], seed=13)
+    assert [(t["model"], t["vs"], t["diff"]) for t in tests] == [
+        ("bm25", "start", 0.2),
+        ("model", "start", 0.3),
+        ("model", "bm25", 0.1),
+    ]
+    assert [t["p_holm"] for t in tests] == pytest.approx([3 * t["p"] for t in tests])
+    assert tests[0]["by_lang"]["sw"]["diff"] == 0.2
 
 
 def test_one_more_model_or_language_encodes_and_searches_only_what_is_new(

@@ -87,8 +87,8 @@ def run(tmp_path):
     write(
         tmp_path / "run/eval/metrics.json",
         {
-            "settings": {"data": str(tmp_path / "data"), "zero_shot": [], "baseline": None},
-            "tests": {},
+            "settings": {"data": str(tmp_path / "data"), "zero_shot": [], "baselines": []},
+            "tests": [],
             "models": {"bm25": scores | {"avg": scores["sw"]}},
         },
     )

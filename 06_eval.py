@@ -9,17 +9,15 @@ Usage   python 06_eval.py --data data/sample --models bm25 models/sample runs/sa
             --baseline models/sample --out runs/sample/eval
 Cost    one embedding a passage and model, cached; finished runs stay when models or languages are added
 """
-import hashlib
 import json
 from argparse import Namespace
-from array import array
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
-from common import (DataError, Output, Parser, atomic, corpus_files, dump, fetch_passages, positive_int,
-                    read_lines, read_passages, read_queries, read_shards, run, say, short_name)
+from common import (DataError, Output, Parser, corpus_files, positive_int, read_lines, read_queries, run, say,
+                    short_name)
 from encoder import encoder_flags, flags_given
 from search import Ensemble, check_settings
 
@@ -36,11 +34,6 @@ def build_parser():
                         help="model folders, hub ids, and bm25")
     parser.add_argument("--baseline", nargs="+", default=[], metavar="MODEL",
                         help="some of --models, against each of which the others are tested (p < 0.05)")
-    parser.add_argument("--pool", choices=["full", "judged"], default="full",
-                        help="search the whole corpus, or, for a quick look, only judged passages and "
-                             "--pool-sample others: scores are too high, comparable within one pool only")
-    parser.add_argument("--pool-sample", type=positive_int, default=10_000, metavar="N",
-                        help="unjudged passages drawn for --pool judged, a language")
     parser.add_argument("--depth", type=positive_int, default=100, help="passages per query in the run files")
     parser.add_argument("--bm25-tokenizer", metavar="MODEL",
                         help="its sub-words are BM25's terms; default: the first model's")
@@ -69,7 +62,7 @@ def names_of(models):
     return names
 
 
-# --------------------------------------------------------------------------- questions, judgments, pool
+# --------------------------------------------------------------------------- questions and judgments
 
 def read_qrels(path):
     """{query_id: {docid: relevance}} of a TREC qrels file."""
@@ -108,31 +101,6 @@ def read_questions(args, queries_path, qrels_paths):
     return queries, qrels
 
 
-def draw_pool(args, qrels, digests):
-    """A folder in the cache with corpus/<lang>.jsonl: every judged passage and --pool-sample others."""
-    key = json.dumps([qrels, args.pool_sample, args.seed, digests], sort_keys=True)
-    folder = Path(args.cache) / "pools" / hashlib.blake2b(key.encode()).hexdigest()[:32]
-    for lang, of_lang in qrels.items():
-        path = folder / "corpus" / f"{lang}.jsonl"
-        if not path.is_file():
-            judged = {docid for of_query in of_lang.values() for docid in of_query}
-            passages = fetch_passages(args.data, lang, pool_rows(args, lang, judged)).values()
-            with atomic(path) as temporary:
-                temporary.write_text("".join(map(dump, passages)), "utf-8")
-    return folder
-
-
-def pool_rows(args, lang, judged):
-    """Rows of the pool in a corpus; the draw hangs on seed, language and docid alone."""
-    draws = array("Q")  # the judged have the smallest; memory holds eight bytes a passage
-    for path, lines in read_shards(args.data, lang):
-        for passage in read_passages(path, lines):
-            digest = hashlib.blake2b(f"{args.seed}:{lang}:{passage['docid']}".encode()).digest()
-            draws.append(0 if passage["docid"] in judged else int.from_bytes(digest[:8]))
-    order = np.argsort(draws, kind="stable")
-    return order[:draws.count(0) + args.pool_sample].tolist()
-
-
 # --------------------------------------------------------------------------- runs and measures
 
 def run_path(out, name, lang):
@@ -153,29 +121,28 @@ def run_lines(ranking, tag):
             yield f"{query_id} Q0 {docid} {rank} {score:.6f} {tag}\n"
 
 
-def make_runs(model, name, args, queries, inputs, digests, data):
+def make_runs(model, name, args, queries, inputs, digests):
     """[meta] of a model's run files by language, made where they are missing; the model is loaded once.
 
     A run hangs on what is in `own` and its inputs alone: it outlives other models, languages and baselines.
     """
     tokenizer = args.bm25_tokenizer if model == "bm25" else None
-    pool = [args.pool_sample, args.seed] if args.pool == "judged" else None
     reading = flags_given(args)
     own = {"overwrite": args.overwrite, "limit": args.limit, "depth": args.depth, **reading,
-           "model": name, "pool": pool, "bm25_terms": tokenizer and short_name(tokenizer)}
+           "model": name, "bm25_terms": tokenizer and short_name(tokenizer)}
     ensemble = None
     metas = []
     for lang in inputs:
         output = Output(Namespace(**own, corpus=digests[lang]), inputs[lang],
                         [m for m in (model, tokenizer) if m], run_path(args.out, name, lang))
         if not output.is_done():
-            ensemble = ensemble or Ensemble([model], data, args.cache, bm25_tokenizer=tokenizer, **reading)
+            ensemble = ensemble or Ensemble([model], args.data, args.cache, bm25_tokenizer=tokenizer, **reading)
             hits, _ = ensemble.search(lang, list(queries[lang].values()), args.depth)
             ranking = {query_id: [(hit["docid"], hit["score"]) for hit in found]
                        for query_id, found in zip(queries[lang], hits)}
             for encoder, cut in ensemble.count_cut([lang], list(queries[lang].values())).items():
                 output.meta |= {"encoder": ensemble.encoders[encoder].settings(), "cut": cut}
-            output.write_lines(run_lines(ranking, name.replace("/", "_") + ("-judged-pool" if pool else "")))
+            output.write_lines(run_lines(ranking, name.replace("/", "_")))
         metas.append(json.loads(output.meta_path.read_text("utf-8")))
     return metas
 
@@ -269,7 +236,7 @@ def table(result):
     settings = result["settings"]
     metrics = result["models"]
     width = max(18, *(len(name) + 2 for name in metrics))
-    lines = ["nDCG@10 / Recall@100 (%)" + (f", {settings['pool_note']}" if "pool_note" in settings else ""),
+    lines = ["nDCG@10 / Recall@100 (%)",
              f"{'lang':<8}{'queries':>8}" + "".join(f"{name:>{width}}" for name in metrics)]
     for lang, first in next(iter(metrics.values())).items():
         rows = [of_model[lang] for of_model in metrics.values()]
@@ -299,13 +266,9 @@ def describe(args, baselines, qrels):
     """The settings that metrics.json begins with."""
     train = Path(args.data) / "train.jsonl"
     trained = {record["lang"] for record in read_queries(train)} if train.is_file() else qrels
-    settings = {key: getattr(args, key) for key in ("data", "split", "depth", "limit", "pool")}
-    settings |= {"baselines": baselines, "zero_shot": [lang for lang in qrels if lang not in trained]}
-    if args.pool == "judged":
-        settings |= {"pool_sample": args.pool_sample, "pool_note": (
-            f"JUDGED POOL, not the whole corpus: judged passages and up to {args.pool_sample} drawn ones a "
-            "language; higher than on the whole corpus, compare only with the same pool")}
-    return settings | {"encoders": {}, "cut": {}}
+    settings = {key: getattr(args, key) for key in ("data", "split", "depth", "limit")}
+    zero_shot = [lang for lang in qrels if lang not in trained]
+    return settings | {"baselines": baselines, "zero_shot": zero_shot, "encoders": {}, "cut": {}}
 
 
 def main(argv=None):
@@ -324,12 +287,11 @@ def main(argv=None):
     done = output.is_done()
     digest = {entry["path"]: entry["digest"] for entry in output.meta["inputs"]}
     digests = {lang: [digest[str(path)] for path in paths] for lang, paths in corpus.items()}
-    data = draw_pool(args, qrels, digests) if args.pool == "judged" else args.data
     baselines = [names[model] for model in args.baseline]
     settings = describe(args, baselines, qrels)
     values = {}
     for model, name in names.items():
-        metas = make_runs(model, name, args, asked, inputs, digests, data)
+        metas = make_runs(model, name, args, asked, inputs, digests)
         values[name] = {lang: measure_run(qrels[lang], run_path(args.out, name, lang)) for lang in qrels}
         if model != "bm25":
             settings["encoders"][name] = metas[0]["encoder"]

@@ -355,32 +355,6 @@ def test_one_more_model_or_language_encodes_and_searches_only_what_is_new(
     assert done == [("load", "b"), ("search", "b", "th")] and (out / "runs/b.th.trec").is_file()
 
 
-def test_a_judged_pool_holds_every_judged_passage_and_says_so_everywhere(made, stage, tmp_path, capfd):
-    metrics = evaluate(stage, made, tmp_path, made / "a", "--pool", "judged", "--pool-sample", "20")
-    shown = capfd.readouterr().out
-    assert metrics["settings"]["pool"] == "judged" and metrics["settings"]["pool_sample"] == 20
-    assert "JUDGED POOL" in metrics["settings"]["pool_note"] and "JUDGED POOL" in shown
-    for lang in SUBJECTS:
-        judged = {docid for _, _, docid, _ in lines_of(made / f"data/qrels/dev/{lang}.tsv")}
-        rows = lines_of(tmp_path / f"runs/a.{lang}.trec")
-        assert {row[5] for row in rows} == {"a-judged-pool"}
-        per_query = defaultdict(set)
-        for row in rows:
-            per_query[row[0]].add(row[2])
-        assert all(len(found) == min(100, len(judged) + 20) for found in per_query.values())
-        corpus = (made / f"data/corpus/{lang}.jsonl").read_text("utf-8").splitlines()
-        pools = [p.read_text("utf-8").splitlines() for p in made.glob(f"cache/pools/*/corpus/{lang}.jsonl")]
-        assert len(pools) == 1 and pools[0] == [
-            line for line in corpus if line in set(pools[0])
-        ]  # unchanged, in order
-        docids = {json.loads(line)["docid"] for line in pools[0]}
-        assert judged <= docids and len(docids) == len(judged) + 20
-    evaluate(stage, made, tmp_path, made / "a", "--pool", "judged", "--pool-sample", "20", "--seed", "14")
-    pools = [p.read_text("utf-8") for p in made.glob("cache/pools/*/corpus/sw.jsonl")]
-    assert len(pools) == 2 == len(set(pools))  # another draw
-    assert "pool_note" not in evaluate(stage, made, tmp_path, made / "a")["settings"]
-
-
 def test_languages_without_training_queries_are_marked_zero_shot(made):
     assert json.loads((made / "eval/metrics.json").read_text("utf-8"))["settings"]["zero_shot"] == ["th"]
 

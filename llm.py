@@ -692,8 +692,7 @@ def json_object(text):
 
 def server_flags(parser):
     """The flags of every stage that asks a server."""
-    def flag(name, **settings):
-        parser.add_argument(name, **settings)
+    flag = parser.add_argument
     flag("--base-url", metavar="URL", help="the server; default: OPENAI_BASE_URL")
     flag("--llm-settings", type=json_object, metavar="JSON",
          help="""added to each request, such as {"reasoning_effort": "low"}; null leaves a parameter out""")
@@ -707,8 +706,7 @@ def server_flags(parser):
 
 def judge_flags(parser):
     """What 02 and 02a share: the judge and its server."""
-    def flag(name, **settings):
-        parser.add_argument(name, **settings)
+    flag = parser.add_argument
     flag("--llm", required=True, metavar="NAME",
          help="model name at the server; the paper: Llama-3.1-70B-Instruct or gpt-4o")
     server_flags(parser)

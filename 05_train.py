@@ -11,12 +11,10 @@ Writes  OUT/ a sentence-transformers folder with card and train_log.jsonl; OUT.c
 Usage   [torchrun --nproc-per-node 8] 05_train.py --input topics.jsonl --encoder BAAI/bge-m3 --out model
 Cost    sample, two cores: under a minute. A killed run goes on where it stopped, to the same weights
 """
-import ctypes
 import json
 import math
 import random
 import shutil
-import sys
 import time
 from collections import Counter, defaultdict
 from itertools import islice
@@ -27,7 +25,7 @@ import numpy as np
 
 from common import (DataError, Output, Parser, atomic, atomic_folder, dump, normalise, parse_query,
                     positive_float, positive_int, progress, read_lines, run, say, share)
-from encoder import encoder_flags, from_flags
+from encoder import encoder_flags, from_flags, keep_blocks
 from search import gather, world
 
 DEV_QUERIES = 100  # held-out queries a language that validation reads, whose passages they search
@@ -483,9 +481,7 @@ def main(argv=None):
     args.temperature = args.temperature or encoder.default_temperature
     if args.gradient_checkpointing:
         encoder.model.gradient_checkpointing_enable()
-    if sys.platform == "linux":
-        for option in (-3, -1):  # glibc's M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: keep freed blocks up to 1 GB,
-            ctypes.CDLL(None).mallopt(option, 1 << 30)  # else half of a step's CPU time goes to page faults
+    keep_blocks(1 << 30)
     state = train(args, encoder, queries, dev_queries, folder, output.key(output.meta))
     if RANK > 0:
         return

@@ -1,11 +1,14 @@
 """How good must the judge be? nDCG@10 after training on negatives filtered by a judge with a set error rate.
 
 What    A LABELLED SIMULATION, not a language model. Training keeps one positive a query and hides the
-        others, which are then known false negatives in the corpus. A local endpoint judges from the labels
+        others, which are then known false negatives in the corpus; these are so few, a percent or two of the
+        candidates, that --plant more are made of the kept one: another passage's opening, then its text. A
+        local endpoint judges from the labels
         (--truth: the sample's complete truth; else people's positives, everything else counts as
         irrelevant) and errs at the given rate: of a relevant passage (grade 2) it says 0 or 1, of an
         irrelevant one (grade 0) 1 or 2, each half of the times. --drop-at 1 (Sec. 3.3) then removes more of
-        both, --drop-at 2 (appendix) less.
+        both, --drop-at 2 (appendix) less. `relabelled`: what is of grade 2 becomes a positive (02's
+        --relabel-at 2), and grade 1 is removed.
 How     Stages 01 and 04 once a seed, then 02, 05 and 06 for each judge. In place of stage 03, a query that
         a bad judge leaves with fewer than 7 negatives gets random ones (counted as `filled`). Every row of
         the result is kept as soon as it is there: a killed or stopped run (--minutes) goes on where it was
@@ -55,6 +58,7 @@ from common import (
 )
 
 NEGATIVES = 7  # hard negatives a query and step (Sec. 4.1)
+KIND = ("judge", "drop_at", "weak", "relabel")
 
 
 def build_parser():
@@ -87,6 +91,7 @@ def build_parser():
         help="of the kept positives, the errors and the training",
     )
     parser.add_argument("--depth", type=positive_int, default=20, help="candidates per query")
+    parser.add_argument("--plant", type=int, default=2, help="further hidden positives that are made a query")
     parser.add_argument("--epochs", type=positive_int, default=3, help="of training")
     parser.add_argument(
         "--train-flags",
@@ -125,7 +130,7 @@ def hide(args, seed, folder):
     """A collection in folder like --data but with one positive a query; truth.json has the fingerprints of
     all relevant passages."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("corpus", "qrels", "dev.jsonl"):
+    for name in ("qrels", "dev.jsonl"):
         if not (folder / name).exists():
             (folder / name).symlink_to((Path(args.data) / name).resolve())
     records, relevant = [], defaultdict(set)
@@ -148,10 +153,11 @@ def hide(args, seed, folder):
                 relevant[lang, fields[0]].add(fields[2])
     texts = {}
     for lang in langs:
+        plant(args, seed, lang, [r for r in records if r["lang"] == lang], relevant, folder)
         wanted = {docid for (of_lang, _), docids in relevant.items() if of_lang == lang for docid in docids}
         texts |= {
             (lang, p["docid"]): fingerprint(passage_text(p))
-            for file in corpus_files(args.data, lang)
+            for file in corpus_files(folder, lang)
             for p in read_passages(file, read_lines(file))
             if p["docid"] in wanted
         }
@@ -169,6 +175,23 @@ def hide(args, seed, folder):
         with atomic(folder / name) as temporary:
             temporary.write_text("".join(lines), "utf-8")
     return {(lang, query_id): docids for (lang, query_id), docids in relevant.items()}
+
+
+def plant(args, seed, lang, records, relevant, folder):
+    """Write the corpus of a language with --plant more positives a query, which only `relevant` knows."""
+    passages = [p for file in corpus_files(args.data, lang) for p in read_passages(file, read_lines(file))]
+    draw = random.Random(f"{seed}:{lang}:plant")
+    planted = []
+    for record in records:
+        positive = record["positive_passages"][0]
+        for number in range(args.plant):
+            opening = draw.choice(passages)["text"][:120]
+            docid = f"planted:{record['query_id']}:{number}"
+            text = f"{opening} {positive['text']}"
+            planted.append({"docid": docid, "title": positive.get("title", ""), "text": text})
+            relevant[lang, record["query_id"]].add(docid)
+    with atomic(folder / "corpus" / f"{lang}.jsonl") as path:
+        path.write_text("".join(map(dump, passages + planted)), "utf-8")
 
 
 def labelled_judge(truth, error, weak=(), weak_error=0.0, seed=13):
@@ -221,15 +244,16 @@ def stage(*command):
 
 
 def judges(args):
-    """[{judge, drop_at, weak}] of one seed, in the order in which they are run."""
-    rows = [{"judge": name, "drop_at": 1, "weak": False} for name in ("none", "stand-in")]
-    rows += [
-        {"judge": error, "drop_at": drop_at, "weak": False}
-        for error in args.errors
-        for drop_at in ((1, 2) if error else (1,))
-    ]  # without errors there is no grade 1
+    """[{judge, drop_at, weak, relabel}] of one seed, in the order in which they are run."""
+    kinds = [("none", 1, False, False), ("stand-in", 1, False, False), ("stand-in", 1, False, True)]
+    for error in args.errors:
+        kinds.append((error, 1, False, False))
+        if error:  # else there is no grade 1
+            kinds.append((error, 2, False, False))
+        kinds.append((error, 1, False, True))
     elsewhere = min((error for error in args.errors if error), default=0)
-    return rows + [{"judge": elsewhere, "drop_at": drop_at, "weak": True} for drop_at in (1, 2) if args.weak]
+    kinds += [(elsewhere, drop_at, True, False) for drop_at in (1, 2) if args.weak]
+    return [dict(zip(KIND, kind)) for kind in kinds]
 
 
 def prepare(args, seed, folder):
@@ -277,10 +301,14 @@ def judge_name(row):
     return f"{row['judge']}{'-weak' if row['weak'] else ''}"
 
 
+def variant(row):
+    return f"{row['drop_at']}{'-relabelled' if row['relabel'] else ''}"
+
+
 def one_row(args, seed, row, folder, relevant):
     """Filter, train, evaluate: the row with its figures."""
     name = judge_name(row)
-    top = folder / name / str(row["drop_at"])
+    top = folder / name / variant(row)
     filtering = [
         "02_filter_false_negatives.py",
         "--input",
@@ -295,6 +323,7 @@ def one_row(args, seed, row, folder, relevant):
         seed,
         "--out",
         top / "filtered.jsonl",
+        *(["--relabel-at", 2] if row["relabel"] else []),
     ]
     if row["judge"] == "stand-in":
         stage("offline_llm.py", "--exec", sys.executable, *filtering)
@@ -383,7 +412,8 @@ def removal(path, relevant):
     counts = {"candidates": 0, "hidden": 0, "removed": 0, "right": 0}
     for record in read_queries(path):
         known = relevant[record["lang"], record["query_id"]]
-        removed = [p["docid"] in known for p in record["false_negatives"]]
+        relabelled = [p for p in record["positive_passages"] if p.get("source") == "relabelled"]
+        removed = [p["docid"] in known for p in record["false_negatives"] + relabelled]
         kept = [p["docid"] in known for p in record["negative_passages"]]
         for key, value in (
             ("candidates", len(removed) + len(kept)),
@@ -399,13 +429,13 @@ def removal(path, relevant):
 
 
 def summarise(result):
-    """[{judge, drop_at, weak, mean, sd, seeds, gain, p, ...}] over the seeds; gain is over no filter, seed
-    by seed, p of its t-test."""
+    """[{judge, drop_at, weak, relabel, mean, sd, seeds, gain, p, half, ...}] over the seeds; gain is over no
+    filter, seed by seed, p of its t-test, half of its 95% interval's width."""
     groups = defaultdict(dict)
     for row in result["rows"]:
-        groups[row["judge"], row["drop_at"], row["weak"]][row["seed"]] = row
-    without, curve = groups.get(("none", 1, False), {}), []
-    for (judge, drop_at, weak), rows in groups.items():
+        groups[tuple(row[key] for key in KIND)][row["seed"]] = row
+    without, curve = groups.get(("none", 1, False, False), {}), []
+    for kind, rows in groups.items():
         values = np.array([100 * r["ndcg@10"] for r in rows.values()])
         gains = [
             round(100 * (r["ndcg@10"] - without[s]["ndcg@10"]), 6) for s, r in rows.items() if s in without
@@ -413,14 +443,13 @@ def summarise(result):
         total = {k: sum(r[k] for r in rows.values()) for k in ("candidates", "hidden", "removed", "right")}
         curve.append(
             {
-                "judge": judge,
-                "drop_at": drop_at,
-                "weak": weak,
+                **dict(zip(KIND, kind)),
                 "mean": round(float(values.mean()), 2),
                 "sd": round(float(values.std(ddof=1)), 2) if len(values) > 1 else None,
                 "seeds": len(values),
                 "gain": round(float(np.mean(gains)), 2) if gains else None,
                 "p": p_of(gains),
+                "half": half_width(gains),
                 "precision": round(total["right"] / total["removed"], 3) if total["removed"] else None,
                 "recall": round(total["right"] / total["hidden"], 3) if total["hidden"] else None,
             }
@@ -437,49 +466,49 @@ def p_of(gains):
     return float(np.mean(gains) == 0) if np.ptp(gains) == 0 else round(float(ttest_1samp(gains, 0).pvalue), 4)
 
 
-def reading(curve):
-    """Two sentences: up to which error rate the filter is worth having, and what strictness does."""
-    numbers = {
-        d: sorted(
-            (
-                c
-                for c in curve
-                if not isinstance(c["judge"], str)
-                and not c["weak"]
-                and c["drop_at"] in (d, 1 if c["judge"] == 0 else d)
-                and c["gain"] is not None
-            ),
-            key=lambda c: c["judge"],
-        )
-        for d in (1, 2)
-    }
-    if not numbers[1] or numbers[1][0]["p"] is None:
-        return []
-    perfect = next((c for c in numbers[1] if c["judge"] == 0), None)
-    worse = next((c for c in numbers[1] if c["gain"] < 0 and c["p"] < 0.05), None)
-    first = (
-        f"A perfect judge is worth {perfect['gain']:+.1f} nDCG@10 over no filter (p = {perfect['p']:.2g} "
-        f"over the seeds); "
-        if perfect
-        else ""
-    ) + (
-        f"from an error rate of {100 * worse['judge']:.0f}% on, filtering at --drop-at 1 is measurably "
-        f"worse than none ({worse['gain']:+.1f})."
-        if worse
-        else f"at no error rate tried, up to {100 * numbers[1][-1]['judge']:.0f}%, is filtering at "
-        f"--drop-at 1 measurably worse than none."
+def half_width(gains):
+    """Half of the width of the 95% interval of the mean of some seeds' gains; None for fewer than two."""
+    from scipy.stats import t
+
+    if len(gains) < 2:
+        return None
+    return round(float(t.ppf(0.975, len(gains) - 1) * np.std(gains, ddof=1) / len(gains) ** 0.5), 2)
+
+
+def told(points):
+    """`10%: +0.5 (p 0.04), ...` of the gains of a judge's error rates."""
+    return ", ".join(
+        f"{'perfect' if c['judge'] == 0 else format(c['judge'], '.0%')}: {c['gain']:+.1f} (p {c['p']:.2g})"
+        for c in points
     )
-    pairs = [(a, b) for a in numbers[1] for b in numbers[2] if a["judge"] == b["judge"] != 0]
-    if not pairs:
-        return [first]
-    strict = [f"{100 * a['judge']:.0f}%: {a['mean'] - b['mean']:+.1f}" for a, b in pairs]
-    mean = float(np.mean([a["mean"] - b["mean"] for a, b in pairs]))
-    return [
-        first,
-        f"Strict filtering (--drop-at 1 minus --drop-at 2) changes nDCG@10 by {mean:+.1f} on average over "
-        f"the error rates "
-        f"({', '.join(strict)}).",
+
+
+def reading(curve):
+    """What the curve shows, by strictness, and which differences it cannot show."""
+    numbers = [c for c in curve if not isinstance(c["judge"], str) and not c["weak"] and c["p"] is not None]
+    if not numbers:
+        return []
+    kinds = {
+        "removing from grade 1 on": [c for c in numbers if c["drop_at"] == 1 and not c["relabel"]],
+        "removing grade 2 only": [c for c in numbers if c["drop_at"] == 2],
+        "relabelling grade 2 as positives, removing grade 1": [c for c in numbers if c["relabel"]],
+    }
+    sentences = [
+        f"nDCG@10 over no filter by the judge's error rate, {kind}: {told(sorted(of, key=judge_of))}."
+        for kind, of in kinds.items()
+        if of
     ]
+    halves = [c["half"] for c in numbers]
+    return [
+        *sentences,
+        f"With {max(c['seeds'] for c in numbers)} seeds the 95% intervals of these differences reach "
+        f"{min(halves):.1f} to {max(halves):.1f} points to either side (median {np.median(halves):.1f}): "
+        "smaller ones are not shown here, and none is corrected for the number of rows.",
+    ]
+
+
+def judge_of(row):
+    return row["judge"]
 
 
 def table(result):
@@ -489,6 +518,7 @@ def table(result):
     weak = f"; {100 * result['settings']['weak_error']:.0f}% in {' '.join(result['settings']['weak'])}"
     for c in result["summary"]:
         name = names.get(c["judge"]) or f"errs in {100 * c['judge']:.0f}%" + weak * c["weak"]
+        name += ", grade 2 relabelled" * c["relabel"]
         cells = [
             f"{c['mean']:.1f}",
             *(
@@ -537,6 +567,7 @@ def draw(result, path):
                 for c in curve
                 if not isinstance(c["judge"], str)
                 and c["weak"] == weak
+                and not c["relabel"]
                 and c["drop_at"] in (drop_at, 1 if c["judge"] == 0 and not weak else drop_at)
             ),
             key=lambda c: c["judge"],
@@ -561,7 +592,7 @@ def draw(result, path):
     lines = [
         (c["mean"], {"none": "no filter", "stand-in": "the offline stand-in judges"}[c["judge"]])
         for c in curve
-        if isinstance(c["judge"], str)
+        if isinstance(c["judge"], str) and not c["relabel"]
     ]
     for (value, label), style in zip(lines, (":", "-.")):
         axis.axhline(value, color="black", linestyle=style, linewidth=1, label=label)
@@ -571,7 +602,8 @@ def draw(result, path):
     n_seeds = max((c["seeds"] for c in curve), default=0)
     axis.set_xlabel("error rate of the simulated judge (%)")
     axis.set_ylabel(f"nDCG@10 (%), average of {len(result['start']['by_lang'])} languages")
-    title = result["reading"][0] if result["reading"] else "unfinished"
+    perfect = next((c for c in curve if c["judge"] == 0 and not c["relabel"] and c["gain"] is not None), None)
+    title = f"A perfect judge is worth {perfect['gain']:+.1f} nDCG@10" if perfect else "unfinished"
     axis.set_title(
         textwrap.fill(
             f"{title} (labelled simulation, not a language model; mean and sd of {n_seeds} seeds)", 85
@@ -603,6 +635,7 @@ def main(argv=None):
         "truth": bool(args.truth),
         "lang": args.lang,
         "depth": args.depth,
+        "plant": args.plant,
         "epochs": args.epochs,
         "train_flags": args.train_flags,
         "weak": args.weak,
@@ -623,7 +656,7 @@ def main(argv=None):
     if "start" not in result:
         result["start"] = evaluate(args, args.encoder, work / "start", work / "cache")
         save()
-    done, saving = {(r["judge"], r["drop_at"], r["weak"], r["seed"]) for r in result["rows"]}, Lock()
+    done, saving = {(*(r[key] for key in KIND), r["seed"]) for r in result["rows"]}, Lock()
     todo = {seed: [r for r in judges(args) if (*r.values(), seed) not in done] for seed in args.seeds}
 
     def do(seed, rows, folder, relevant):
@@ -638,7 +671,7 @@ def main(argv=None):
                     key=lambda r: (r["seed"], [*map(str, judges(args))].index(str({k: r[k] for k in row})))
                 )
                 save()
-            shutil.rmtree(folder / judge_name(row) / str(row["drop_at"]))  # the row is what is kept
+            shutil.rmtree(folder / judge_name(row) / variant(row))  # the row is what is kept
             say(dump({k: v for k, v in made.items() if k != "by_lang"}).strip())
 
     for seed, rows in todo.items():

@@ -68,6 +68,8 @@ def args_of(bench, top, *more):
             "none",
             "--out",
             str(top / "out"),
+            "--plant",
+            "0",
             *more,
         ]
     )
@@ -98,6 +100,21 @@ def test_one_positive_is_kept_and_the_hidden_ones_are_known_to_the_judge(bench, 
     assert {d for d, a in grades.items() if a == {"accuracy": 0, "completeness": 0}} == set(
         map(str, range(12))
     ) - {"1", "3", "5", "9"}
+
+
+def test_planted_positives_are_in_the_corpus_and_known_to_the_judge_alone(bench, tmp_path):
+    collection(tmp_path / "data")
+    relevant = bench.hide(args_of(bench, tmp_path, "--plant", "2"), 13, tmp_path / "s")
+    record = json.loads((tmp_path / "s/train.jsonl").read_text("utf-8").splitlines()[1])
+    assert (record["lang"], record["query_id"]) == ("th", "2")
+    lines = (tmp_path / "s/corpus/th.jsonl").read_text("utf-8").splitlines()
+    planted = [p for p in map(json.loads, lines) if p["docid"].startswith("planted:2:")]
+    assert len(lines) == 12 + 4 and len(planted) == 2
+    assert all(p["text"].endswith(record["positive_passages"][0]["text"]) for p in planted)
+    assert {p["docid"] for p in planted} < relevant["th", "2"] == {"2", "planted:2:0", "planted:2:1"}
+    judge = bench.labelled_judge(json.loads((tmp_path / "s/truth.json").read_text("utf-8")), error=0)
+    assert judge("th 2?", None, planted[1]["text"])["accuracy"] == 2  # its positive has no title
+    assert judge("th 1?", None, planted[1]["text"])["accuracy"] == 0
 
 
 def test_the_judge_errs_at_the_rate_of_the_language(bench):
@@ -183,11 +200,12 @@ def test_a_query_with_too_few_negatives_is_filled_with_other_passages(bench, tmp
     assert {p["source"] for p in filled[0]["negative_passages"][2:]} == {"random"}
 
 
-def row(judge, drop_at, seed, ndcg, weak=False):
+def row(judge, drop_at, seed, ndcg, weak=False, relabel=False):
     return {
         "judge": judge,
         "drop_at": drop_at,
         "weak": weak,
+        "relabel": relabel,
         "seed": seed,
         "candidates": 100,
         "hidden": 10,
@@ -207,21 +225,19 @@ def test_the_summary_pairs_seeds_and_the_reading_follows_from_it(bench):
         row(0.2, 1, 2, 0.39),
         row(0.2, 2, 1, 0.52),
         row(0.2, 2, 2, 0.42),
+        row(0, 1, 1, 0.58, relabel=True),
+        row(0, 1, 2, 0.48, relabel=True),
     ]
-    curve = {(c["judge"], c["drop_at"]): c for c in bench.summarise({"rows": rows})}
-    assert (
-        curve[0, 1]["mean"] == 52.0
-        and curve[0, 1]["gain"] == 7.0
-        and curve[0, 1]["sd"] == pytest.approx(5.66)
-    )
-    assert curve[0.2, 2]["precision"] == 0.75 and curve[0.2, 2]["recall"] == 0.6
-    first, second = bench.reading(list(curve.values()))
-    assert first == (
-        "A perfect judge is worth +7.0 nDCG@10 over no filter (p = 0.09 over the seeds); from an error "
-        "rate of 20% on, filtering at "
-        "--drop-at 1 is measurably worse than none (-1.0)."
-    )
-    assert "changes nDCG@10 by -3.0 on average over the error rates (20%: -3.0)" in second
+    curve = {(c["judge"], c["drop_at"], c["relabel"]): c for c in bench.summarise({"rows": rows})}
+    perfect = curve[0, 1, False]
+    assert (perfect["mean"], perfect["gain"]) == (52.0, 7.0) and perfect["sd"] == pytest.approx(5.66)
+    assert perfect["half"] == 12.71  # 12.706 (t, one degree of freedom) x sd 1.414 / sqrt 2
+    assert curve[0.2, 2, False]["precision"] == 0.75 and curve[0.2, 2, False]["recall"] == 0.6
+    strict, mild, relabelled, power = bench.reading(list(curve.values()))
+    assert strict.endswith("removing from grade 1 on: perfect: +7.0 (p 0.09), 20%: -1.0 (p 0).")
+    assert mild.endswith("removing grade 2 only: 20%: +2.0 (p 0).")
+    assert relabelled.endswith("removing grade 1: perfect: +8.0 (p 0).")
+    assert "With 2 seeds the 95% intervals of these differences reach 0.0 to 12.7 points" in power
 
 
 def test_a_stopped_run_goes_on_with_the_rows_that_are_missing(bench, tmp_path, monkeypatch):
@@ -232,8 +248,8 @@ def test_a_stopped_run_goes_on_with_the_rows_that_are_missing(bench, tmp_path, m
     def one_row(args, seed, row, folder, relevant):
         if len(asked) == stop_at:
             raise KeyboardInterrupt
-        asked.append((row["judge"], row["drop_at"], seed))
-        (folder / str(row["judge"]) / str(row["drop_at"])).mkdir(parents=True)
+        asked.append((row["judge"], row["drop_at"], row["relabel"], seed))
+        (folder / str(row["judge"]) / bench.variant(row)).mkdir(parents=True)
         return row | {
             "seed": seed,
             "candidates": 9,
@@ -273,16 +289,17 @@ def test_a_stopped_run_goes_on_with_the_rows_that_are_missing(bench, tmp_path, m
     )
     stop_at = None
     bench.main(command)
-    kinds = [("none", 1), ("stand-in", 1), (0, 1), (0.2, 1), (0.2, 2)]
+    kinds = [("none", 1, False), ("stand-in", 1, False), ("stand-in", 1, True), (0, 1, False), (0, 1, True)]
+    kinds += [(0.2, 1, False), (0.2, 2, False), (0.2, 1, True)]
     assert asked == [(*kind, seed) for seed in (1, 2) for kind in kinds]  # none twice
     result = json.loads((tmp_path / "out.json").read_text("utf-8"))
     assert (
-        len(result["rows"]) == 10
-        and len(result["summary"]) == 5
+        len(result["rows"]) == 16
+        and len(result["summary"]) == 8
         and (tmp_path / "out.png").stat().st_size > 10_000
     )
     bench.main(command)
-    assert len(asked) == 10
+    assert len(asked) == 16
     from common import DataError
 
     with pytest.raises(DataError, match="other settings"):

@@ -268,25 +268,19 @@ def contrastive_loss(query, passages, target, masked, weight, args):
     """Weighted InfoNCE of a batch: query (N, D) and passages (M, D) of unit vectors, weight (N,).
 
     target (N,) is the row of each query's positive; masked (N, M) is True where a passage is no negative.
+    Returns the loss and, so that runs compare, {plain_loss: without weights, accuracy: positives first}.
     """
     from torch.nn.functional import cross_entropy
     logits = query @ passages.T / args.temperature                             # (N, M) = (N, D) @ (D, M)
     logits = logits.masked_fill(masked, -math.inf)
+    plain = cross_entropy(logits, target, reduction="none")                    # (N,)
+    losses = weight * plain
     if args.weight_on == "negatives":  # exp(s + log w) = w exp(s)
         shift = weight.log()[:, None].expand_as(logits)                        # (N, M)
         losses = cross_entropy(logits + shift.scatter(1, target[:, None], 0.0), target, reduction="none")
-    else:
-        losses = weight * cross_entropy(logits, target, reduction="none")      # (N,)
-    return losses.sum() / (args.batch_size if args.short_batch == "shrink" else len(query))
-
-
-def unweighted(query, passages, target, masked, args):
-    """For the log, so that runs compare: the loss without weights, and how many positives are first."""
-    import torch
-    with torch.no_grad():
-        loss = contrastive_loss(query, passages, target, masked, torch.ones(len(query)).to(query), args)
-        first = (query @ passages.T).masked_fill(masked, -math.inf).argmax(1)  # (N,)
-    return {"plain_loss": loss.item(), "accuracy": (first == target).float().mean().item()}
+    n = args.batch_size if args.short_batch == "shrink" else len(query)
+    first = logits.argmax(1) == target                                         # (N,)
+    return losses.sum() / n, {"plain_loss": plain.sum().item() / n, "accuracy": first.float().mean().item()}
 
 
 class Embedding:
@@ -391,7 +385,7 @@ def train(args, encoder, queries, dev_queries, folder, run_key):
         texts = [encoder.passage_text(passage) for passage in passages]
         query = Embedding(encoder, [record["query"] for record in records], "query", step, args)
         passage = Embedding(encoder, texts, "passage", step, args)
-        loss = contrastive_loss(query.vectors, passage.vectors, target, masked, weight, args)
+        loss, seen = contrastive_loss(query.vectors, passage.vectors, target, masked, weight, args)
         loss.backward()
         query.backward()
         passage.backward()
@@ -409,8 +403,7 @@ def train(args, encoder, queries, dev_queries, folder, run_key):
         state["clipped"] += bool(args.clip and norm > args.clip)
         n_tokens, seconds = query.n_tokens + passage.n_tokens, time.perf_counter() - started
         line = {"step": step, "epoch": round(step / args.epoch_steps, 3), "lang": lang, "loss": loss.item(),
-                **unweighted(query.vectors, passage.vectors, target, masked, args),
-                "lr": lr, "grad_norm": norm.item(), "tokens_per_s": round(n_tokens / seconds)}
+                **seen, "lr": lr, "grad_norm": norm.item(), "tokens_per_s": round(n_tokens / seconds)}
         epoch_ends = step % args.epoch_steps == 0 or step == args.max_steps
         if epoch_ends:
             model.eval()

@@ -44,8 +44,8 @@ needs on full MIRACL is counted in [SCALING.md](SCALING.md).
 
 In the tables of scores `bm25` is the lexical baseline, `model` the full method; the model that has no
 difference is the encoder it starts from, made by `sample/make_encoder.py` from the passages alone.
-Differences are to it, with the p of a paired t-test over the queries. `*`: no training queries in this
-language.
+Differences come with interval and p of a bootstrap of the average over languages, p after Holm's correction
+over the table. `*`: no training queries in this language.
 
 ## The sample, 16 languages
 
@@ -71,22 +71,8 @@ python bench/results.py --collect runs/minimiracl minimiracl-5
 
 ## mini-MIRACL, all languages
 
-The rows but `naive-top-k` are those of
-
 ```bash
 make all DATA_SOURCE=miracl DATA_ROOT=../shared/data/minimiracl
-```
-
-and that row is the usual recipe: the best candidates as negatives, mixed batches, no weights.
-
-```bash
-python 01_mine_candidates.py --data data/minimiracl --retrievers bm25 models/minimiracl --fusion rrf \\
-    --strategy topk --depth 30 --out runs/minimiracl/baselines/naive.jsonl
-python 05_train.py --input runs/minimiracl/baselines/naive.jsonl --encoder models/minimiracl --mixed \\
-    --topic-power 1 --weighting none --epochs 8 --lr 1e-3 --temperature 0.05 \\
-    --out runs/minimiracl/baselines/naive-top-k
-python 06_eval.py --data data/minimiracl --baseline models/minimiracl --out runs/minimiracl/eval \\
-    --models bm25 models/minimiracl runs/minimiracl/baselines/naive-top-k runs/minimiracl/model
 python bench/results.py --collect runs/minimiracl minimiracl
 ```
 
@@ -98,6 +84,26 @@ Seconds and peak memory of each stage in these runs; LLM calls and tokens are th
 tokens are bytes / 4.
 
 {{costs sample minimiracl-5}}
+
+## From naive negatives to the full method, fifteen languages
+
+Every language of mini-MIRACL that has training queries, with the path from naive negatives to the full method,
+languages drawn in other proportions, and stage 3 without its parts. With the updates of four epochs:
+
+```bash
+LANGS="ar bn en es fa fi fr hi id ja ko ru sw te zh"
+make topics DATA_SOURCE=miracl DATA_ROOT=../shared/data/minimiracl LANGS="$LANGS" RUN=runs/fifteen
+python bench/ablations.py --data data/minimiracl --run runs/fifteen --encoder models/minimiracl \\
+    --out results/ablations-15-4.json --lang $LANGS --rows "naive top-k" "naive, filtered" \\
+    "naive, filtered, brought to N (no stage 3)" "full method" "languages by share^0.5" "languages by share" \\
+    "no topic balance" "no weights"
+```
+
+{{ablations ablations-15-4}}
+
+With those of sixteen epochs (`--epochs 16`, another `--work` and `--out`):
+
+{{ablations ablations-15-16}}
 
 ## What each part brings
 

@@ -131,8 +131,10 @@ def test_loss_and_gradients_equal_the_formula(weighting, weight_on, short):
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 2e-5)):
         ours = vectors.detach().clone().to(dtype).requires_grad_()
         w = torch.tensor(weight, dtype=dtype)
-        loss = stage.contrastive_loss(ours[:4], ours[4:], target, masked, w, args)
+        loss, seen = stage.contrastive_loss(ours[:4], ours[4:], target, masked, w, args)
         loss.backward()
+        plain, _ = reference(vectors.numpy(), keys, 4, np.ones(4), 0.05, weight_on, divisor)
+        assert abs(seen["plain_loss"] - plain) < tolerance * max(1, plain)
         assert abs(loss.item() - expected) < tolerance * max(1, expected)
         assert np.abs(ours.grad.numpy() - gradient).max() < tolerance * np.abs(gradient).max()
 
@@ -144,7 +146,8 @@ def test_accuracy_is_the_share_of_queries_whose_positive_is_first_of_what_is_not
     for second, accuracy in ((0.5, 0.75), (0.0, 0.5)):
         query[1, target[1]] = second
         query[1, 5] = 0.1
-        assert stage.unweighted(query, passages, target, masked, settings())["accuracy"] == accuracy
+        _, seen = stage.contrastive_loss(query, passages, target, masked, torch.ones(4), settings())
+        assert seen["accuracy"] == accuracy
 
 
 def test_a_masked_pair_has_no_gradient():
@@ -154,7 +157,7 @@ def test_a_masked_pair_has_no_gradient():
     passages = torch.randn(16, 8, generator=torch.manual_seed(2), requires_grad=True)
     query = torch.randn(4, 8, generator=torch.manual_seed(3))
     one = query[1:2], passages, target[1:2], masked[1:2], torch.ones(1), settings()
-    stage.contrastive_loss(*one).backward()
+    stage.contrastive_loss(*one)[0].backward()
     assert passages.grad[keys.index("p0")].abs().max() == 0 < passages.grad[target[1]].abs().max()
 
 

@@ -360,11 +360,12 @@ def one_line(capsys, args):
 
 
 def test_a_non_finite_loss_names_the_queries_and_keeps_the_last_good_checkpoint(made, capsys, monkeypatch):
-    real, left = stage.contrastive_loss, [16]  # the second of a step is that without weights
+    real, left = stage.contrastive_loss, [8]
 
     def failing(*args):
         left[0] -= 1
-        return real(*args) * (float("nan") if left[0] < 0 else 1)
+        loss, seen = real(*args)
+        return loss * (float("nan") if left[0] < 0 else 1), seen
 
     with monkeypatch.context() as patch:
         patch.setattr(stage, "contrastive_loss", failing)

@@ -530,3 +530,24 @@ def test_other_targets_keep_their_small_defaults(copy):
         and " --models bm25 models/sample runs/sample/model --baseline " in done.stdout
         and "bge-m3" not in done.stdout
     )
+
+
+def test_variables_reach_what_trains():
+    for words, wanted in (
+        (["EPOCHS=3", "BATCH=8", "SEED=5"], ["--epochs 3", "--batch-size 8", "--seeds 5 6 7"]),
+        ([], ["--batch-size 24", "--seeds 13 14 15"]),
+    ):
+        done = subprocess.run(
+            ["make", "-n", "ablations", *words], cwd=ROOT, env=OUTSIDE, capture_output=True, text=True
+        )
+        command = done.stdout.split("bench/ablations.py")[-1]
+        assert all(flag in command for flag in wanted) and ("--epochs" in command) == bool(words)
+    done = subprocess.run(
+        ["make", "-n", "judge-quality", "EPOCHS=3", "BATCH=8", "SEED=5"],
+        cwd=ROOT,
+        env=OUTSIDE,
+        capture_output=True,
+        text=True,
+    )
+    command = done.stdout.split("bench/judge_quality.py")[-1]
+    assert "batch-size=8" in command and "--epochs 3" in command and "--seeds 5 6 7" in command

@@ -43,25 +43,46 @@ def test_a_missing_result_is_said_to_be_missing():
     assert "no-such-file" not in results.table("costs", "sample", "no-such-file")
 
 
-def test_the_readmes_table_calls_the_rows_by_what_they_are():
-    rows = results.table("main", "minimiracl").splitlines()[2:]
+def test_the_readmes_table_has_bm25_the_start_and_the_path_from_naive_to_full():
+    rows = results.table("main", "minimiracl-5", "ablations").splitlines()[2:]
     called = [row.split(" | ")[0].strip("| ") for row in rows if row.startswith("|")]
-    assert called == [
-        "BM25",
-        "encoder it starts from",
-        "naive top-k, mixed batches, no weights",
+    assert called[:2] == ["BM25", "encoder it starts from"]
+    assert called[2:] == [
+        "naive top-k",
+        "naive, filtered",
+        "naive, filtered, brought to N (no stage 3)",
         "full method",
     ]
-    models = list(json.loads((ROOT / "results/minimiracl.json").read_text("utf-8"))["models"].values())
-    assert f"**{100 * models[-1]['avg']['ndcg@10']:.1f}**" in rows[3]
+    full = next(row for row in results.load("ablations")["ablations"] if row["name"] == "full method")
+    assert f"**{full['ndcg@10']:.1f}**" in rows[5] and f"{full['to_naive']['diff']:+.1f} [" in rows[5]
+
+
+def test_a_difference_to_each_baseline_is_shown_and_that_of_two_baselines_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    (tmp_path / "results").mkdir()
+    scores = {"sw": {"ndcg@10": 0.5, "recall@100": 1.0, "queries": 2}}
+    tests = [("bm25", "start", -0.1), ("model", "start", 0.2), ("model", "bm25", 0.3)]
+    found = {
+        "settings": {"zero_shot": [], "baselines": ["start", "bm25"]},
+        "models": {name: scores | {"avg": scores["sw"]} for name in ("bm25", "start", "model")},
+        "tests": [
+            {"model": model, "vs": vs, "diff": diff, "ci95": [diff - 0.01, diff + 0.01], "p_holm": 0.02}
+            for model, vs, diff in tests
+        ],
+    }
+    results.save("some", found)
+    lines = results.table("scores", "some").splitlines()
+    assert lines[0] == "| nDCG@10 | avg | R@100 | to start | to bm25 | sw |"
+    assert "| -10.0 [-11.0, -9.0], p 0.02 |  |" in lines[2]  # bm25
+    assert "|  |  |" in lines[3]  # start: its difference to bm25 is told in the line before
+    assert "| +20.0 [+19.0, +21.0], p 0.02 | +30.0 [+29.0, +31.0], p 0.02 |" in lines[4]
 
 
 def test_commands_use_flags_that_exist():
-    text = PAGE.replace("\\\n", " ")
-    found = re.findall(r"^python (0\d\w+\.py) (.*)$", text, re.M)
-    assert len(found) == 3
-    for script, arguments in found:
-        load_stage(script.removesuffix(".py")).build_parser().parse_args(shlex.split(arguments))
+    text = PAGE.replace("\\\n", " ").replace("$LANGS", "sw te")
+    (arguments,) = re.findall(r"^python bench/ablations.py (.*)$", text, re.M)
+    args = load_stage("bench/ablations").build_parser().parse_args(shlex.split(arguments))
+    assert args.lang == ["sw", "te"] and len(args.rows) == 8
 
 
 @pytest.fixture
@@ -115,6 +136,6 @@ def test_a_run_is_collected(run, tmp_path, monkeypatch):
     assert (
         results.table("figures", "mine", "scores", "loss") == "![bm25: 50.0](results/figures/mine-scores.png)"
     )
-    assert "| bm25 | **50.0** | 100.0 | 50.0 |  |" in results.table("scores", "mine")
+    assert "| bm25 | **50.0** | 100.0 | 50.0 |" in results.table("scores", "mine")
     assert "`results/mine.json` | bm25 50.0 | me |" in results.table("log")
     assert "| `02_filter.py` | 2.5 | 100 |" in results.table("costs", "mine")

@@ -31,11 +31,9 @@ class Answers:
         self.db = sqlite3.connect(path, timeout=60, isolation_level=None)  # waits 60 s for others
         self._run("PRAGMA journal_mode = WAL")
         self._run("PRAGMA synchronous = NORMAL")
-        self._run("BEGIN IMMEDIATE")  # one process makes the table, or brings an earlier one up to date
+        self._run("BEGIN IMMEDIATE")  # one process makes the table and takes over earlier answers
         self._run("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT NOT NULL, "
                   "time INTEGER NOT NULL, model TEXT) WITHOUT ROWID")
-        if len(self._run("PRAGMA table_info(answers)").fetchall()) == 3:
-            self._run("ALTER TABLE answers ADD COLUMN model TEXT")
         imported = self._take_over(path.with_suffix(".jsonl"))
         self._run("COMMIT")
         if imported:
@@ -250,11 +248,8 @@ class LLM:
         value, text = await self._until_usable(body, parse, wanted, why)
         self.n_done += 1
         if value is not None:
-            self.store(key, text, self.answered_by)
+            self.answers.store(key, text, self.answered_by)
         return value
-
-    def store(self, key, text, model=None):
-        self.answers.store(key, text, model)
 
     def _stored(self, request):
         """(key, text) of an answer that the model which answers now gave earlier, or (key, None)."""

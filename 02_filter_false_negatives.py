@@ -17,6 +17,7 @@ Cost    a call a candidate (MIRACL: 1.6 million; --dry-run tells), 1 ms of a cor
 import asyncio
 import contextlib
 import functools
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -88,33 +89,30 @@ async def judge_all(llms, record, to_judge, args, counts):
 async def filter_record(llms, record, args):
     """(the record with its candidates judged, Counter of what became of them)."""
     candidates, human, to_judge = candidates_of(record, args.rejudge_human)
-    counts = Counter()
+    counts = Counter(queries=1, candidates=len(candidates), judged=len(to_judge),
+                     human=len(candidates) - len(to_judge))
     answers = await judge_all(llms, record, to_judge, args, counts)
-    answer_of = {c["docid"]: answer for c, answer in zip(to_judge, answers)}
-    kept = []
-    removed = []
-    relabelled = []
-    unjudged = []
-    for passage in candidates:
-        verdict, reason = answer_of.get(passage["docid"], ({"grade": 0}, None))
-        if verdict is None:
-            unjudged.append({"docid": passage["docid"], "reason": reason})
-        elif verdict["grade"] < args.drop_at:
-            source = "human" if passage["docid"] in human else passage.get("source", "mined")
-            kept.append(passage | {"source": source, "grade": verdict["grade"]})
-        elif verdict["grade"] == args.relabel_at and passage["docid"] not in human:
-            relabelled.append(passage | verdict | {"source": "relabelled"})
-        else:
-            removed.append(passage | verdict)
     counts.update(f"grade {verdict['grade']}" for verdict, _ in answers if verdict)
-    counts.update(queries=1, candidates=len(candidates), judged=len(to_judge), kept=len(kept),
-                  human=len(candidates) - len(to_judge), removed=len(removed), unjudged=len(unjudged),
-                  relabelled=len(relabelled))
+    answer_of = {c["docid"]: answer for c, answer in zip(to_judge, answers)}
+    fates = {"kept": [], "removed": [], "relabelled": [], "unjudged": []}
+    for passage in candidates:
+        docid = passage["docid"]
+        verdict, reason = answer_of.get(docid, ({"grade": 0}, None))
+        if verdict is None:
+            fates["unjudged"].append({"docid": docid, "reason": reason})
+        elif verdict["grade"] < args.drop_at:
+            source = "human" if docid in human else passage.get("source", "mined")
+            fates["kept"].append(passage | {"source": source, "grade": verdict["grade"]})
+        elif verdict["grade"] == args.relabel_at and docid not in human:
+            fates["relabelled"].append(passage | verdict | {"source": "relabelled"})
+        else:
+            fates["removed"].append(passage | verdict)
+    counts.update({fate: len(passages) for fate, passages in fates.items()})
     for key in ("candidate_passages", "negative_passages", "false_negatives", "unjudged"):
         record.pop(key, None)
-    record |= {"positive_passages": record["positive_passages"] + relabelled, "negative_passages": kept,
-               "false_negatives": removed}
-    return record | ({"unjudged": unjudged} if unjudged else {}), counts
+    record["positive_passages"] = record["positive_passages"] + fates["relabelled"]
+    record |= {"negative_passages": fates["kept"], "false_negatives": fates["removed"]}
+    return record | ({"unjudged": fates["unjudged"]} if fates["unjudged"] else {}), counts
 
 
 # ---- the run
@@ -146,14 +144,11 @@ def filtered(llms, args):
     records = read_queries(args.input, args.lang, args.limit)
     n_to_judge = sum(len(candidates_of(record, args.rejudge_human)[2]) for record in records)
     results = filter_all(llms, args)
-
-    async def next_result():
-        return await anext(results, None)
     seen = Counter()
     bar = progress(desc="judge", unit=" candidates", total=n_to_judge, disable=args.dry_run)
     with asyncio.Runner() as runner, bar:
         try:
-            while result := runner.run(next_result()):
+            while result := runner.run(anext(results, None)):
                 bar.set_postfix_str(spent(llms, args), refresh=False)
                 bar.update(result[1]["judged"])
                 watch(llms, args, seen, n_to_judge, result[1])
@@ -173,7 +168,7 @@ def watch(llms, args, seen, n_to_judge, counts):
     n = sum(grades.values())
     if n >= ALIKE and not seen["told"]:
         seen["told"] = 1
-        if max(grades.values()) == n:
+        if n in grades.values():
             say(f"{args.llm}: the first {n} verdicts are all alike ({grades}); does it judge at all? "
                 "02a_check_judge.py calibrate tells")
 
@@ -196,25 +191,25 @@ def report(args, table, reasons, llms):
         raise DataError(f"{args.input}: {total['unjudged']} of {total['judged']} candidates got no usable "
                         f"answer (most: {reasons.most_common(1)[0][0]}); run again, or raise --max-unjudged")
     if not total["kept"]:
+        milder = "try --drop-at 2, or " if total["grade 1"] else ""  # which keeps these
         raise DataError(f"{args.input}: 0 of {total['candidates']} candidates kept at --drop-at "
-                        f"{args.drop_at}; try --drop-at 2, or look at the judge's answers")
+                        f"{args.drop_at}; {milder}look at the judge's answers")
 
 
 # ---- what it would cost
-
-def spent(llms, args, times=1):
-    """Calls, tokens and money so far, or so many times as much."""
-    n = sum((llm.stats for llm in llms), Counter())
-    return (f"{n['asked'] * times:,.0f} calls, {n['prompt_tokens'] * times:,.0f} prompt and "
-            f"{n['completion_tokens'] * times:,.0f} completion tokens, "
-            f"{money(llms, args) * times:,.2f} money")
-
 
 def money(llms, args):
     """What the calls cost so far; a single price is that of both models."""
     prices = zip(llms, args.price_in * 2, args.price_out * 2)
     return sum(llm.stats["prompt_tokens"] * price_in + llm.stats["completion_tokens"] * price_out
                for llm, price_in, price_out in prices) / 1e6
+
+
+def spent(llms, args, times=1):
+    """Calls, tokens and money so far, or so many times as much."""
+    n = sum((llm.stats for llm in llms), Counter())
+    return (f"{n['asked'] * times:,.0f} calls, {n['prompt_tokens'] * times:,.0f} prompt and "
+            f"{n['completion_tokens'] * times:,.0f} completion tokens, {money(llms, args) * times:,.2f} money")
 
 
 def token_counter(name):
@@ -265,22 +260,24 @@ class BatchFiles:
         self.seen = set()
 
     def add(self, llm, key, body):
-        if bytes.fromhex(key) in self.seen:  # a custom_id stands for one request
-            return "exported"
-        self.seen.add(bytes.fromhex(key))
-        request = {"custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": body}
-        line = common.dump(request).encode()
-        file = self.files.get(llm.model)
-        if file is None or self.n_lines[file] == BATCH_REQUESTS or file.tell() + len(line) > BATCH_BYTES:
-            file = self.files[llm.model] = self.next_file()
-        file.write(line)
-        self.n_lines[file] += 1
+        digest = bytes.fromhex(key)
+        if digest not in self.seen:  # a custom_id stands for one request
+            self.seen.add(digest)
+            request = {"custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": body}
+            line = common.dump(request).encode()
+            self.file_for(llm.model, len(line)).write(line)
         return "exported"
 
-    def next_file(self):
-        number = f"-{len(self.paths) + 1}" if self.paths else ""
-        self.paths.append(self.path.with_stem(self.path.stem + number))
-        return self.stack.enter_context(open(self.stack.enter_context(common.atomic(self.paths[-1])), "wb"))
+    def file_for(self, model, n_bytes):
+        """The model's file, or the next one where a line of so many bytes would be too much for it."""
+        file = self.files.get(model)
+        if file is None or self.n_lines[file] == BATCH_REQUESTS or file.tell() + n_bytes > BATCH_BYTES:
+            number = f"-{len(self.paths) + 1}" if self.paths else ""
+            self.paths.append(self.path.with_stem(self.path.stem + number))
+            temporary = self.stack.enter_context(common.atomic(self.paths[-1]))
+            file = self.files[model] = self.stack.enter_context(open(temporary, "wb"))
+        self.n_lines[file] += 1
+        return file
 
 
 def export(args):
@@ -321,7 +318,7 @@ def import_results(args, llms):
     for path in args.batch_import:
         for number, line in read_lines(path):
             key, text, reason = read_result(path, number, line)
-            if len(key) != 32 or set(key) - set("0123456789abcdef"):
+            if not re.fullmatch("[0-9a-f]{32}", key):
                 n["not ours"] += 1
             elif reason:
                 errors[key] = f"batch: {reason}"
@@ -362,9 +359,8 @@ def main(argv=None):
     output.write(records())
     total = sum(table.values(), Counter())
     kinds = ("queries", "candidates", "removed", "relabelled", "kept", "unjudged")
-    output.finish(**{kind: total[kind] for kind in kinds},
-                  calls={llm.model: {kind: n for kind, n in llm.stats.items() if n} for llm in llms},
-                  reasons=dict(reasons), by_lang={lang: dict(n) for lang, n in sorted(table.items())})
+    output.finish(**{kind: total[kind] for kind in kinds}, calls={llm.model: +llm.stats for llm in llms},
+                  reasons=reasons, by_lang=dict(sorted(table.items())))  # +: without what is 0
 
 
 if __name__ == "__main__":

@@ -134,8 +134,7 @@ async def filter_all(llms, args):
         for llm in llms:
             await stack.enter_async_context(llm)
         results = in_order(records, lambda record: filter_record(llms, record, args), window)
-        await stack.enter_async_context(contextlib.aclosing(results))
-        async for result in results:
+        async for result in await stack.enter_async_context(contextlib.aclosing(results)):
             yield result
 
 
@@ -143,9 +142,9 @@ def filtered(llms, args):
     """The same for plain code. The whole input is read before money is spent: a bad record stops the run."""
     records = read_queries(args.input, args.lang, args.limit)
     n_to_judge = sum(len(candidates_of(record, args.rejudge_human)[2]) for record in records)
-    results = filter_all(llms, args)
     seen = Counter()
     bar = progress(desc="judge", unit=" candidates", total=n_to_judge, disable=args.dry_run)
+    results = filter_all(llms, args)
     with asyncio.Runner() as runner, bar:
         try:
             while result := runner.run(anext(results, None)):

@@ -86,7 +86,7 @@ def markdown(header, rows):
 
 
 def named(lang, note=""):
-    return f"{LANGUAGES.get(lang, lang)} ({lang}{note})"
+    return "**all**" if lang == "all" else f"{LANGUAGES.get(lang, lang)} ({lang}{note})"
 
 
 def score_table(found, measure, paper):
@@ -154,34 +154,34 @@ def score_tables(found):
                         "### Recall@100, %", score_table(found, "recall@100", recall), said])
 
 
+def by_language(found, counts):
+    """{lang: Counter} of the languages shown, and `all` of them together."""
+    counts = {lang: Counter(counts[lang]) for lang in shown(found, counts)}
+    return counts | {"all": sum(counts.values(), Counter())}
+
+
 def removed_shares(found):
     """{lang: (candidates, removed, %)} of the judge; `all` is of all candidates, as Table 8's average is."""
-    by_lang = found["filtered"].get("counts", {}).get("by_lang", {})
-    counts = {lang: Counter(by_lang[lang]) for lang in shown(found, by_lang)}
-    counts["all"] = sum(counts.values(), Counter())
+    counts = by_language(found, found["filtered"].get("counts", {}).get("by_lang", {}))
     return {lang: (of["candidates"], of["removed"], 100 * of["removed"] / of["candidates"])
             for lang, of in counts.items() if of["candidates"]}
 
 
 def removed_table(found):
-    rows = []
-    for lang, (candidates, removed, share) in removed_shares(found).items():
-        name = "**all**" if lang == "all" else named(lang)
-        rows.append([name, candidates, removed, f"{share:.1f}", ELIMINATED.get(lang, "–")])
+    rows = [[named(lang), candidates, removed, f"{share:.1f}", ELIMINATED.get(lang, "–")]
+            for lang, (candidates, removed, share) in removed_shares(found).items()]
     return markdown(["language", "candidates", "removed", "%", "Table 8, % (its data and judge)"], rows)
 
 
 def sources_table(found):
     """Markdown: where the final negatives come from, by language, in %."""
-    by_lang = found["records"]["sources"]
-    sources = {named(lang): by_lang[lang] for lang in shown(found, by_lang)}
-    sources["**all**"] = sum(sources.values(), Counter())
-    kinds = sorted(sources["**all**"])
+    sources = by_language(found, found["records"]["sources"])
+    kinds = sorted(sources["all"])
     rows = []
-    for name, counts in sources.items():
-        share = {kind: 100 * counts[kind] / max(1, counts.total()) for kind in kinds}
-        share["stage 2"] = share.get("generated-query", 0) + share.get("written", 0)
-        rows.append([name, counts.total(), *(f"{value:.2f}" for value in share.values())])
+    for lang, counts in sources.items():
+        numbers = [*(counts[kind] for kind in kinds), counts["generated-query"] + counts["written"]]
+        shares = [f"{100 * n / max(1, counts.total()):.2f}" for n in numbers]
+        rows.append([named(lang), counts.total(), *shares])
     table = markdown(["language", "negatives", *(f"{kind}, %" for kind in [*kinds, "from stage 2"])], rows)
     return f"{table}\n\nIn the paper {PAPER['from_stage_2']}% of the negatives come from stage 2, on average."
 
@@ -216,14 +216,11 @@ def save_figure(draw, found, path, note):
 
 def draw_bars(axis, labels, series, unit):
     """Grouped bars of {name: values}, the last of them ours; the last label, all languages, stands apart."""
-    width = 0.8 / len(series)
-    greys = np.linspace(0.25, 1, len(series))[::-1]
-    hatches = [*(HATCHES[i % len(HATCHES)] for i in range(len(series) - 1)), None]
-    for i, (name, values) in enumerate(series.items()):
-        places = np.arange(len(labels)) + (i - (len(series) - 1) / 2) * width
-        axis.bar(places, values, width, label=name, edgecolor="black", linewidth=0.6,
-                 color=str(greys[i]), hatch=hatches[i])
-    axis.set_xticks(range(len(labels)), labels)
+    n_others = len(series) - 1
+    greys = np.linspace(0.25, 1, len(series))[::-1].astype(str)
+    hatches = [*(HATCHES * n_others)[:n_others], None]
+    axis.grouped_bar(series, tick_labels=labels, group_spacing=0.25 * len(series), colors=greys, hatch=hatches,
+                     edgecolor="black", linewidth=0.6)
     axis.axvline(len(labels) - 1.5, color="black", linewidth=0.8, linestyle=":")
     axis.set(xlabel="language (* zero-shot: no training queries)", ylabel=unit)
     axis.legend(ncols=len(series), frameon=False, loc="lower left", bbox_to_anchor=(0, 1))

@@ -300,7 +300,7 @@ def test_bars_of_many_models_all_look_different(report):
     axis = Figure().subplots()
     report.draw_bars(axis, ["th", "avg"], {str(i): [i, i] for i in range(6)}, "%")
     looks = {(bars[0].get_facecolor(), bars[0].get_hatch()) for bars in axis.containers}
-    assert len(looks) == 6 and axis.containers[-1][0].get_hatch() is None
+    assert len(looks) == 6 and not axis.containers[-1][0].get_hatch()
 
 
 def test_figures_are_drawn_without_missing_glyphs_and_not_blank(report, tmp_path):

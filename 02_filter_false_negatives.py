@@ -221,17 +221,17 @@ def token_counter(name):
     except Exception as error:  # offline, gated, absent, damaged: tokenizers raises bare Exceptions
         return (lambda text: len(text.encode("utf-8", "replace")) / 4,
                 f"estimated as bytes / 4; no tokenizer of {name}: {str(error)[:80]}")
-    return (lambda text: len(tokenizer.encode(text, add_special_tokens=False)),
-            f"counted with the tokenizer of {name}")
+    count = functools.lru_cache(lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
+    return count, f"counted with the tokenizer of {name}"
 
 
 def dry_run(args):
     """Print calls, tokens and money of a run, without what the cache holds."""
     counters = {name: token_counter(args.tokenizer or name) for name in (args.llm, args.cascade_llm) if name}
-    count = functools.lru_cache(lambda model, text: counters[model][0](text))  # the instructions, once
 
     def instead(llm, key, body):
-        n_tokens = 10 + sum(count(llm.model, message["content"]) for message in body["messages"])  # template
+        count = counters[llm.model][0]
+        n_tokens = 10 + sum(count(message["content"]) for message in body["messages"])  # 10: the template's
         llm.stats.update(asked=1, prompt_tokens=n_tokens, completion_tokens=args.answer_tokens)
         return "counted"
     llms = clients(args, instead)
@@ -247,51 +247,39 @@ def dry_run(args):
 
 # ---- batch files
 
-class BatchFiles:
-    """Calls as OpenAI batch files within the host's limits, one model a file: FILE, FILE-2, ..."""
-
-    def __init__(self, path, stack):
-        self.path = path
-        self.stack = stack  # gives the files their names when it ends well
-        self.paths = []
-        self.files = {}  # model -> the file that is being filled
-        self.n_lines = Counter()  # of a file
-        self.seen = set()
-
-    def add(self, llm, key, body):
-        digest = bytes.fromhex(key)
-        if digest not in self.seen:  # a custom_id stands for one request
-            self.seen.add(digest)
-            request = {"custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": body}
-            line = common.dump(request).encode()
-            self.file_for(llm.model, len(line)).write(line)
-        return "exported"
-
-    def file_for(self, model, n_bytes):
-        """The model's file, or the next one where a line of so many bytes would be too much for it."""
-        file = self.files.get(model)
-        if file is None or self.n_lines[file] == BATCH_REQUESTS or file.tell() + n_bytes > BATCH_BYTES:
-            number = f"-{len(self.paths) + 1}" if self.paths else ""
-            self.paths.append(self.path.with_stem(self.path.stem + number))
-            temporary = self.stack.enter_context(common.atomic(self.paths[-1]))
-            file = self.files[model] = self.stack.enter_context(open(temporary, "wb"))
-        self.n_lines[file] += 1
-        return file
-
-
 def export(args):
-    """Write what is still to be asked as batch files."""
+    """Write what is still to be asked as OpenAI batch files, one model a file: FILE, FILE-2, ..."""
     path = Path(args.batch_export)
     old = [p for p in (path, *path.parent.glob(f"{path.stem}-*{path.suffix}")) if p.exists()]
     if old and not args.overwrite:
         raise DataError(f"{old[0]} exists; pass --overwrite or another --batch-export")
-    with contextlib.ExitStack() as stack:
-        files = BatchFiles(path, stack)
-        for _ in filtered(clients(args, files.add), args):
+    paths = []
+    files = {}  # model -> the file that is being filled
+    n_lines = Counter()  # of a file
+    seen = set()  # a custom_id stands for one request
+
+    def add(llm, key, body):
+        request = {"custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": body}
+        line = common.dump(request).encode()
+        digest = bytes.fromhex(key)
+        if digest not in seen:
+            seen.add(digest)
+            file = files.get(llm.model)
+            if file is None or n_lines[file] == BATCH_REQUESTS or file.tell() + len(line) > BATCH_BYTES:
+                number = f"-{len(paths) + 1}" if paths else ""
+                paths.append(path.with_stem(path.stem + number))
+                temporary = finished.enter_context(common.atomic(paths[-1]))
+                file = files[llm.model] = finished.enter_context(open(temporary, "wb"))
+            file.write(line)
+            n_lines[file] += 1
+        return "exported"
+
+    with contextlib.ExitStack() as finished:  # the files get their names when all ends well
+        for _ in filtered(clients(args, add), args):
             pass
-    for stale in set(old) - set(files.paths):
+    for stale in set(old) - set(paths):
         stale.unlink()
-    say(f"{len(files.seen)} calls to ask, in {len(files.paths)} files: {' '.join(map(str, files.paths))}")
+    say(f"{len(seen)} calls to ask, in {len(paths)} files: {' '.join(map(str, paths))}")
 
 
 def read_result(path, number, line):

@@ -782,3 +782,27 @@ def test_a_cascade_in_batches_is_as_online(tmp_path):
             1,
         )
     assert out.read_bytes() == online.read_bytes()
+
+
+# ---- what a message advises
+
+
+def graded(grade, n):
+    """The first n passages that the test server's judge gives this grade."""
+    texts = (f"สวัสดี {i}" for i in range(10_000))
+    chosen = itertools.islice((text for text in texts if min(scores(text).values()) == grade), n)
+    return [passage(f"{grade}#{i}#", text) for i, text in enumerate(chosen)]
+
+
+@pytest.mark.parametrize(
+    "grades, drop_at, advised", [([1, 2], 1, True), ([2, 2], 1, False), ([2, 2], 2, False)]
+)
+def test_a_higher_drop_at_is_advised_only_where_it_keeps_more(tmp_path, grades, drop_at, advised):
+    row = records(1, 0, 0)[0]
+    row["candidate_passages"] = [c for grade, n in Counter(grades).items() for c in graded(grade, n)]
+    write(tmp_path / "in.jsonl", [row])
+    with Running() as server, pytest.raises(common.DataError) as error:
+        filter_(tmp_path, server.url, "--drop-at", drop_at)
+    told = str(error.value)
+    assert f"0 of 2 candidates kept at --drop-at {drop_at}; " in told and "look at the judge's answers" in told
+    assert ("try --drop-at 2" in told) == advised

@@ -791,7 +791,7 @@ def graded(grade, n):
     """The first n passages that the test server's judge gives this grade."""
     texts = (f"สวัสดี {i}" for i in range(10_000))
     chosen = itertools.islice((text for text in texts if min(scores(text).values()) == grade), n)
-    return [passage(f"{grade}#{i}#", text) for i, text in enumerate(chosen)]
+    return [passage(f"{grade}#{i}", text) for i, text in enumerate(chosen)]
 
 
 @pytest.mark.parametrize(

@@ -207,8 +207,9 @@ def money(llms, args):
 def spent(llms, args, times=1):
     """Calls, tokens and money so far, or so many times as much."""
     n = sum((llm.stats for llm in llms), Counter())
-    return (f"{n['asked'] * times:,.0f} calls, {n['prompt_tokens'] * times:,.0f} prompt and "
-            f"{n['completion_tokens'] * times:,.0f} completion tokens, {money(llms, args) * times:,.2f} money")
+    n_calls, n_prompt, n_completion = (times * n[k] for k in ("asked", "prompt_tokens", "completion_tokens"))
+    return (f"{n_calls:,.0f} calls, {n_prompt:,.0f} prompt and {n_completion:,.0f} completion tokens, "
+            f"{times * money(llms, args):,.2f} money")
 
 
 def token_counter(name):

@@ -75,21 +75,17 @@ def warn(langs, topics, n_topics):
 
 
 def summarise(langs, topics, titles):
-    """Say each topic's queries by language, the titles most its own (frequent here, rare elsewhere), and NMI."""
-    from sklearn.metrics import normalized_mutual_info_score
+    """Say each topic's queries by language, and the titles most its own: frequent here, rare elsewhere."""
     overall = sum(titles.values(), Counter())
     for topic in sorted(titles):
         telling = sorted(titles[topic], key=lambda t: (-titles[topic][t] ** 2 / overall[t], t))[:6]
         in_topic = Counter(sorted(langs[topics == topic].tolist()))
         by_lang = ", ".join(f"{lang} {n}" for lang, n in in_topic.items())
         say(f"topic {topic}: {in_topic.total()} queries ({by_lang}): {'; '.join(telling)}")
-    nmi = round(float(normalized_mutual_info_score(langs, topics)), 3)
-    say(f"normalised mutual information of topic and language: {nmi} (0 to 1; near 1 the topics are "
-        "languages: see --remove-language-mean and --per-language)")
-    return nmi
 
 
 def main(argv=None):
+    from sklearn.metrics import normalized_mutual_info_score
     args = build_parser().parse_args(argv)
     output = Output(args, [args.input], [args.encoder])
     if output.is_done():
@@ -116,7 +112,10 @@ def main(argv=None):
             yield record | {"topic": topic}
 
     output.write(labelled())
-    nmi = summarise(langs, topics, titles)
+    summarise(langs, topics, titles)
+    nmi = round(float(normalized_mutual_info_score(langs, topics)), 3)
+    say(f"normalised mutual information of topic and language: {nmi} (0 to 1; near 1 the topics are "
+        "languages: see --remove-language-mean and --per-language)")
     sizes = {lang: Counter(sorted(topics[langs == lang].tolist())) for lang in np.unique(langs).tolist()}
     output.finish(queries=len(langs), topics=int(topics.max()) + 1, nmi_topic_language=nmi, by_lang=sizes)
 

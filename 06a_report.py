@@ -219,8 +219,8 @@ def draw_bars(axis, labels, series, unit):
     n_others = len(series) - 1
     greys = np.linspace(0.25, 1, len(series))[::-1].astype(str)
     hatches = [*(HATCHES * n_others)[:n_others], None]
-    axis.grouped_bar(series, tick_labels=labels, group_spacing=0.25 * len(series), colors=greys, hatch=hatches,
-                     edgecolor="black", linewidth=0.6)
+    axis.grouped_bar(series, tick_labels=labels, group_spacing=0.25 * len(series), colors=greys,
+                     hatch=hatches, edgecolor="black", linewidth=0.6)
     axis.axvline(len(labels) - 1.5, color="black", linewidth=0.8, linestyle=":")
     axis.set(xlabel="language (* zero-shot: no training queries)", ylabel=unit)
     axis.legend(ncols=len(series), frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
@@ -235,10 +235,10 @@ def scores_figure(found, axis):
             scores[name] = [*values, np.mean(values)]
     title = ", ".join(f"{name}: {values[-1]:.1f}" for name, values in scores.items()) + " nDCG@10 on average"
     gains = {test["vs"]: np.subtract(scores[ours], scores[test["vs"]]) for test in tests}
-    if gains:
-        title = "Ours is " + "; ".join(
-            f"{abs(gain[-1]):.1f} nDCG@10 {'above' if gain[-1] > 0 else 'below'} {name} on average: better in "
-            f"{sum(gain[:-1] > 0)} of {len(langs)} languages" for name, gain in gains.items())
+    said = [f"{abs(gain[-1]):.1f} nDCG@10 {'above' if gain[-1] > 0 else 'below'} {name} on average: "
+            f"better in {sum(gain[:-1] > 0)} of {len(langs)} languages" for name, gain in gains.items()]
+    if said:
+        title = f"Ours is {'; '.join(said)}"
     labels = [lang + "*" if lang in found["metrics"]["settings"]["zero_shot"] else lang for lang in langs]
     draw_bars(axis, [*labels, "avg"], scores, "nDCG@10 (%)")
     return title

@@ -197,19 +197,15 @@ def report(args, table, reasons, llms):
 
 # ---- what it would cost
 
-def money(llms, args):
-    """What the calls cost so far; a single price is that of both models."""
-    prices = zip(llms, args.price_in * 2, args.price_out * 2)
-    return sum(llm.stats["prompt_tokens"] * price_in + llm.stats["completion_tokens"] * price_out
-               for llm, price_in, price_out in prices) / 1e6
-
-
 def spent(llms, args, times=1):
-    """Calls, tokens and money so far, or so many times as much."""
+    """Calls, tokens and money so far, or so many times as much; a single price is that of both models."""
     n = sum((llm.stats for llm in llms), Counter())
     n_calls, n_prompt, n_completion = (times * n[k] for k in ("asked", "prompt_tokens", "completion_tokens"))
+    prices = zip(llms, args.price_in * 2, args.price_out * 2)
+    money = times * sum(llm.stats["prompt_tokens"] * price_in + llm.stats["completion_tokens"] * price_out
+                        for llm, price_in, price_out in prices) / 1e6
     return (f"{n_calls:,.0f} calls, {n_prompt:,.0f} prompt and {n_completion:,.0f} completion tokens, "
-            f"{times * money(llms, args):,.2f} money")
+            f"{money:,.2f} money")
 
 
 def token_counter(name):
@@ -242,8 +238,8 @@ def dry_run(args):
         print(f"{llm.model}: {most}{n['asked']} calls, {n['prompt_tokens']:.0f} prompt tokens "
               f"({counters[llm.model][1]}), {n['completion_tokens']} completion tokens (estimated), "
               f"{n['cached']} answers cached")
-    print(f"{total['candidates']} candidates, {total['human']} of them judged by people; money: "
-          f"{money(llms, args):.2f} (at --price-in {args.price_in} --price-out {args.price_out})")
+    print(f"{total['candidates']} candidates, {total['human']} of them judged by people; in all "
+          f"{spent(llms, args)} (at --price-in {args.price_in} --price-out {args.price_out})")
 
 
 # ---- batch files

@@ -4,7 +4,7 @@ It lets the pipeline run end to end on a fresh machine, over a real socket with 
 LANGUAGE MODEL: it compares words and numbers, and picks and cuts sentences (sample/stand_in.py). Its output
 shows that the plumbing works, not what the method is worth; every answer says so in `system_fingerprint`.
 
-Reads   POST /v1/chat/completions; the last user message has lines `Label: "JSON string"` (answer_task).
+Reads   POST /v1/chat/completions; the last user message has lines `Label: "JSON string"` (stand_in.py).
         Other lines are ignored, other tasks refused with 400. Also GET /v1/models. Answers depend on the
         request alone: no memory, no chance, no clock (`created` is 0; temperature and seed change nothing).
         Token counts are an estimate: UTF-8 bytes / 4 rounded up, plus 4 a message
@@ -17,20 +17,16 @@ import asyncio
 import json
 import math
 import os
-import re
 import signal
 import sys
 
 from aiohttp import web
 
 from common import Parser
-from sample.stand_in import judge, summarise, write_negative, write_query
+from sample.stand_in import Unanswerable, answer_task
 
 FINGERPRINT = "offline-stand-in: classical methods, no language model"
 MAX_BODY = 4 * 1024 * 1024  # bytes; more is answered 413
-REFERENCE = "Reference passage"
-LABEL = re.compile(r"^(Question|Reference passage|Candidate passage|Passage that answers it|Passage|Summary)"
-                   r"(?: \([^)\n]*\))?:[ \t]*(.*)$", re.MULTILINE)
 
 
 def build_parser():
@@ -51,36 +47,6 @@ def refusal(message, param=None, code=None):
     return web.HTTPBadRequest(text=json.dumps({"error": error}), content_type="application/json")
 
 
-def read_labels(message):
-    """{label: value} of the lines `Label: "JSON string"`; a passage cannot leave its JSON string."""
-    values = {}
-    for label, raw in LABEL.findall(message):
-        try:
-            values[label] = json.loads(raw)
-        except (ValueError, RecursionError):
-            values[label] = None
-        if not isinstance(values[label], str):
-            raise refusal(f'line "{label}:" needs a JSON string, got {raw[:60]!r}', "messages")
-    return values
-
-
-def answer_task(message):
-    """The answer to a user message: a dict (to be sent as JSON) for the judge's task, else plain text."""
-    match read_labels(message):
-        case {"Question": question, "Candidate passage": candidate, **more} if set(more) <= {REFERENCE}:
-            return judge(question, more.get(REFERENCE), candidate)  # Sec. 3.3
-        case {"Question": question, "Passage": passage, **more} if not more:
-            return summarise(question, passage)  # Sec. 3.4: the sentences that cover the question best
-        case {"Summary": summary, **more} if not more:
-            return write_query(summary)  # Sec. 3.4: its telling words and numbers, in order
-        case {"Question": question, "Passage that answers it": passage, **more} if not more:
-            return write_negative(question, passage)  # the sentences that cover the question least
-        case given:
-            raise refusal("this stand-in is no language model and does not know this task (labels: "
-                          f"{', '.join(given) or 'none'}); see offline_llm.py --help, or use a real server",
-                          "messages", code="unknown_task")
-
-
 def complete(body):
     """The chat.completion object for the body of a request; fields not named here are ignored."""
     try:
@@ -95,7 +61,11 @@ def complete(body):
     if not asked or not all(isinstance(text, str) for text in texts):
         raise refusal("want messages {role, content}, one of the user among them, with texts as content",
                       "messages")
-    answer = answer_task(asked[-1])
+    try:
+        answer = answer_task(asked[-1])
+    except Unanswerable as error:
+        message, code = error.args
+        raise refusal(message, "messages", code) from None
     if wants_json and isinstance(answer, str):
         raise refusal("this task is answered in plain text", "response_format")
     text = answer if isinstance(answer, str) else json.dumps(answer)

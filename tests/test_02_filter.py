@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import sqlite3
 import subprocess
@@ -626,6 +627,12 @@ def test_dry_run_tells_what_the_run_then_costs(tmp_path, capsys):
             and "estimated as bytes / 4" in printed
             and "80 candidates, 4 of" in printed
         )
+        calls, prompt, completion, money = re.search(
+            r"in all ([\d,]+) calls, ([\d,]+) prompt and ([\d,]+) completion tokens, ([\d.]+) money", printed
+        ).groups()
+        n_prompt, n_completion = (int(n.replace(",", "")) for n in (prompt, completion))
+        assert (calls, n_completion) == ("76", 76 * 16)
+        assert float(money) == round((2 * n_prompt + 8 * n_completion) / 1e6, 2) > 0
         filter_(tmp_path, server.url)
         assert len(server.bodies) == 76
         capsys.readouterr()

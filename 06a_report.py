@@ -228,11 +228,11 @@ def draw_bars(axis, labels, series, unit):
 
 def scores_figure(found, axis):
     ours, models, tests, langs = evaluated(found)
-    scores = {}
-    for name in models:
-        if name in ("bm25", ours, *(test["vs"] for test in tests)):
-            values = [100 * models[name][lang]["ndcg@10"] for lang in langs]
-            scores[name] = [*values, np.mean(values)]
+    names = ["bm25", *(test["vs"] for test in tests), ours]
+    scores = {name: [100 * of_model[lang]["ndcg@10"] for lang in langs]
+              for name, of_model in models.items() if name in names}
+    for values in scores.values():
+        values.append(np.mean(values))
     title = ", ".join(f"{name}: {values[-1]:.1f}" for name, values in scores.items()) + " nDCG@10 on average"
     gains = {test["vs"]: np.subtract(scores[ours], scores[test["vs"]]) for test in tests}
     said = [f"{abs(gain[-1]):.1f} nDCG@10 {'above' if gain[-1] > 0 else 'below'} {name} on average: "
@@ -279,8 +279,9 @@ def notes(found):
     """{note below figures: sentence on top}: what a reader must know before the numbers."""
     said = {}
     settings = found["metrics"].get("settings", {})
-    asked = found["filtered"].get("arguments", {}) | found["augmented"].get("arguments", {})
-    if "offline-stand-in" in (asked.get("llm"), asked.get("judge_llm"), asked.get("cascade_llm")):
+    arguments = [value for stage in ("filtered", "augmented")
+                 for value in found[stage].get("arguments", {}).values()]
+    if "offline-stand-in" in arguments:
         said["negatives judged by the offline stand-in, text matching, not by a language model"] = (
             "**The offline stand-in judged and wrote here**: text matching (`offline_llm.py`), no language "
             "model. What was removed, generated and learned shows that the pipeline works; it says nothing "

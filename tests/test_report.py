@@ -364,6 +364,15 @@ def test_the_stand_in_and_the_judged_pool_are_named_at_the_top_and_in_captions(r
     )
 
 
+@pytest.mark.parametrize("stage", ["filtered", "augmented"])
+def test_the_stand_in_is_named_also_where_it_did_one_of_the_two_stages(report, tmp_path, stage):
+    run = make_run(tmp_path, llm="gpt-4o")
+    path = run / f"{stage}.jsonl.meta.json"
+    meta = json.loads(path.read_text("utf-8"))
+    write(path, meta | {"arguments": {"llm": "offline-stand-in"}})
+    assert "offline stand-in" in make_report(report, run).split("\n## ")[0]
+
+
 def test_lang_and_limit_change_what_is_shown(report, tmp_path):
     run = make_run(tmp_path)
     text = make_report(report, run, "--lang", "te", "th")

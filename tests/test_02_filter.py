@@ -721,6 +721,14 @@ def test_exported_answered_and_imported_is_as_online(tmp_path, layout, flags):
     assert out.read_bytes() == online.read_bytes()
 
 
+def test_a_request_is_exported_once_however_often_it_is_asked(tmp_path):
+    row = records(1)[0]
+    write(tmp_path / "in.jsonl", [row, row | {"query_id": "the same question again"}])
+    filter_(tmp_path, "", "--batch-export", tmp_path / "b.jsonl")
+    keys = [request["custom_id"] for request in read(tmp_path / "b.jsonl")]
+    assert len(keys) == len(set(keys)) == 19
+
+
 def test_batch_files_are_split_and_failures_are_exported_again(tmp_path, capsys):
     write(tmp_path / "in.jsonl", records(6))
     stage = load_stage("02_filter_false_negatives")

@@ -250,6 +250,7 @@ def test_each_baseline_has_its_columns_and_its_clause(report, tmp_path):
     text = section(make_report(report, make_run(tmp_path, baselines=("start", "bm25"))), "Scores by language")
     header = row(text, "language")
     assert header[5:11] == ["`model` - `start`", "95% interval", "p", "`model` - `bm25`", "95% interval", "p"]
+    assert [name.split(":")[0] for name in header[11:]] == ["paper"] * 3
     assert row(text, "Telugu (te)")[5:11] == [
         "+2.0",
         "+0.0 to +4.0",

@@ -17,6 +17,7 @@ Cost    a call a candidate (MIRACL: 1.6 million; --dry-run tells), 1 ms of a cor
 import asyncio
 import contextlib
 import functools
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -88,33 +89,30 @@ async def judge_all(llms, record, to_judge, args, counts):
 async def filter_record(llms, record, args):
     """(the record with its candidates judged, Counter of what became of them)."""
     candidates, human, to_judge = candidates_of(record, args.rejudge_human)
-    counts = Counter()
+    counts = Counter(queries=1, candidates=len(candidates), judged=len(to_judge),
+                     human=len(candidates) - len(to_judge))
     answers = await judge_all(llms, record, to_judge, args, counts)
-    answer_of = {c["docid"]: answer for c, answer in zip(to_judge, answers)}
-    kept = []
-    removed = []
-    relabelled = []
-    unjudged = []
-    for passage in candidates:
-        verdict, reason = answer_of.get(passage["docid"], ({"grade": 0}, None))
-        if verdict is None:
-            unjudged.append({"docid": passage["docid"], "reason": reason})
-        elif verdict["grade"] < args.drop_at:
-            source = "human" if passage["docid"] in human else passage.get("source", "mined")
-            kept.append(passage | {"source": source, "grade": verdict["grade"]})
-        elif verdict["grade"] == args.relabel_at and passage["docid"] not in human:
-            relabelled.append(passage | verdict | {"source": "relabelled"})
-        else:
-            removed.append(passage | verdict)
     counts.update(f"grade {verdict['grade']}" for verdict, _ in answers if verdict)
-    counts.update(queries=1, candidates=len(candidates), judged=len(to_judge), kept=len(kept),
-                  human=len(candidates) - len(to_judge), removed=len(removed), unjudged=len(unjudged),
-                  relabelled=len(relabelled))
+    answer_of = {c["docid"]: answer for c, answer in zip(to_judge, answers)}
+    fates = {"kept": [], "removed": [], "relabelled": [], "unjudged": []}
+    for passage in candidates:
+        docid = passage["docid"]
+        verdict, reason = answer_of.get(docid, ({"grade": 0}, None))
+        if verdict is None:
+            fates["unjudged"].append({"docid": docid, "reason": reason})
+        elif verdict["grade"] < args.drop_at:
+            source = "human" if docid in human else passage.get("source", "mined")
+            fates["kept"].append(passage | {"source": source, "grade": verdict["grade"]})
+        elif verdict["grade"] == args.relabel_at and docid not in human:
+            fates["relabelled"].append(passage | verdict | {"source": "relabelled"})
+        else:
+            fates["removed"].append(passage | verdict)
+    counts.update({fate: len(passages) for fate, passages in fates.items()})
     for key in ("candidate_passages", "negative_passages", "false_negatives", "unjudged"):
         record.pop(key, None)
-    record |= {"positive_passages": record["positive_passages"] + relabelled, "negative_passages": kept,
-               "false_negatives": removed}
-    return record | ({"unjudged": unjudged} if unjudged else {}), counts
+    record["positive_passages"] = record["positive_passages"] + fates["relabelled"]
+    record |= {"negative_passages": fates["kept"], "false_negatives": fates["removed"]}
+    return record | ({"unjudged": fates["unjudged"]} if fates["unjudged"] else {}), counts
 
 
 # ---- the run
@@ -136,8 +134,7 @@ async def filter_all(llms, args):
         for llm in llms:
             await stack.enter_async_context(llm)
         results = in_order(records, lambda record: filter_record(llms, record, args), window)
-        await stack.enter_async_context(contextlib.aclosing(results))
-        async for result in results:
+        async for result in await stack.enter_async_context(contextlib.aclosing(results)):
             yield result
 
 
@@ -145,15 +142,12 @@ def filtered(llms, args):
     """The same for plain code. The whole input is read before money is spent: a bad record stops the run."""
     records = read_queries(args.input, args.lang, args.limit)
     n_to_judge = sum(len(candidates_of(record, args.rejudge_human)[2]) for record in records)
-    results = filter_all(llms, args)
-
-    async def next_result():
-        return await anext(results, None)
     seen = Counter()
     bar = progress(desc="judge", unit=" candidates", total=n_to_judge, disable=args.dry_run)
+    results = filter_all(llms, args)
     with asyncio.Runner() as runner, bar:
         try:
-            while result := runner.run(next_result()):
+            while result := runner.run(anext(results, None)):
                 bar.set_postfix_str(spent(llms, args), refresh=False)
                 bar.update(result[1]["judged"])
                 watch(llms, args, seen, n_to_judge, result[1])
@@ -173,7 +167,7 @@ def watch(llms, args, seen, n_to_judge, counts):
     n = sum(grades.values())
     if n >= ALIKE and not seen["told"]:
         seen["told"] = 1
-        if max(grades.values()) == n:
+        if n in grades.values():
             say(f"{args.llm}: the first {n} verdicts are all alike ({grades}); does it judge at all? "
                 "02a_check_judge.py calibrate tells")
 
@@ -196,25 +190,22 @@ def report(args, table, reasons, llms):
         raise DataError(f"{args.input}: {total['unjudged']} of {total['judged']} candidates got no usable "
                         f"answer (most: {reasons.most_common(1)[0][0]}); run again, or raise --max-unjudged")
     if not total["kept"]:
+        milder = "try --drop-at 2, or " if total["grade 1"] else ""  # which keeps these
         raise DataError(f"{args.input}: 0 of {total['candidates']} candidates kept at --drop-at "
-                        f"{args.drop_at}; try --drop-at 2, or look at the judge's answers")
+                        f"{args.drop_at}; {milder}look at the judge's answers")
 
 
 # ---- what it would cost
 
 def spent(llms, args, times=1):
-    """Calls, tokens and money so far, or so many times as much."""
+    """Calls, tokens and money so far, or so many times as much; a single price is that of both models."""
     n = sum((llm.stats for llm in llms), Counter())
-    return (f"{n['asked'] * times:,.0f} calls, {n['prompt_tokens'] * times:,.0f} prompt and "
-            f"{n['completion_tokens'] * times:,.0f} completion tokens, "
-            f"{money(llms, args) * times:,.2f} money")
-
-
-def money(llms, args):
-    """What the calls cost so far; a single price is that of both models."""
+    n_calls, n_prompt, n_completion = (times * n[k] for k in ("asked", "prompt_tokens", "completion_tokens"))
     prices = zip(llms, args.price_in * 2, args.price_out * 2)
-    return sum(llm.stats["prompt_tokens"] * price_in + llm.stats["completion_tokens"] * price_out
-               for llm, price_in, price_out in prices) / 1e6
+    money = times * sum(llm.stats["prompt_tokens"] * price_in + llm.stats["completion_tokens"] * price_out
+                        for llm, price_in, price_out in prices) / 1e6
+    return (f"{n_calls:,.0f} calls, {n_prompt:,.0f} prompt and {n_completion:,.0f} completion tokens, "
+            f"{money:,.2f} money")
 
 
 def token_counter(name):
@@ -227,17 +218,17 @@ def token_counter(name):
     except Exception as error:  # offline, gated, absent, damaged: tokenizers raises bare Exceptions
         return (lambda text: len(text.encode("utf-8", "replace")) / 4,
                 f"estimated as bytes / 4; no tokenizer of {name}: {str(error)[:80]}")
-    return (lambda text: len(tokenizer.encode(text, add_special_tokens=False)),
-            f"counted with the tokenizer of {name}")
+    count = functools.lru_cache(lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
+    return count, f"counted with the tokenizer of {name}"
 
 
 def dry_run(args):
     """Print calls, tokens and money of a run, without what the cache holds."""
     counters = {name: token_counter(args.tokenizer or name) for name in (args.llm, args.cascade_llm) if name}
-    count = functools.lru_cache(lambda model, text: counters[model][0](text))  # the instructions, once
 
     def instead(llm, key, body):
-        n_tokens = 10 + sum(count(llm.model, message["content"]) for message in body["messages"])  # template
+        count = counters[llm.model][0]
+        n_tokens = 10 + sum(count(message["content"]) for message in body["messages"])  # 10: the template's
         llm.stats.update(asked=1, prompt_tokens=n_tokens, completion_tokens=args.answer_tokens)
         return "counted"
     llms = clients(args, instead)
@@ -247,55 +238,45 @@ def dry_run(args):
         print(f"{llm.model}: {most}{n['asked']} calls, {n['prompt_tokens']:.0f} prompt tokens "
               f"({counters[llm.model][1]}), {n['completion_tokens']} completion tokens (estimated), "
               f"{n['cached']} answers cached")
-    print(f"{total['candidates']} candidates, {total['human']} of them judged by people; money: "
-          f"{money(llms, args):.2f} (at --price-in {args.price_in} --price-out {args.price_out})")
+    print(f"{total['candidates']} candidates, {total['human']} of them judged by people; in all "
+          f"{spent(llms, args)} (at --price-in {args.price_in} --price-out {args.price_out})")
 
 
 # ---- batch files
 
-class BatchFiles:
-    """Calls as OpenAI batch files within the host's limits, one model a file: FILE, FILE-2, ..."""
-
-    def __init__(self, path, stack):
-        self.path = path
-        self.stack = stack  # gives the files their names when it ends well
-        self.paths = []
-        self.files = {}  # model -> the file that is being filled
-        self.n_lines = Counter()  # of a file
-        self.seen = set()
-
-    def add(self, llm, key, body):
-        if bytes.fromhex(key) in self.seen:  # a custom_id stands for one request
-            return "exported"
-        self.seen.add(bytes.fromhex(key))
-        request = {"custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": body}
-        line = common.dump(request).encode()
-        file = self.files.get(llm.model)
-        if file is None or self.n_lines[file] == BATCH_REQUESTS or file.tell() + len(line) > BATCH_BYTES:
-            file = self.files[llm.model] = self.next_file()
-        file.write(line)
-        self.n_lines[file] += 1
-        return "exported"
-
-    def next_file(self):
-        number = f"-{len(self.paths) + 1}" if self.paths else ""
-        self.paths.append(self.path.with_stem(self.path.stem + number))
-        return self.stack.enter_context(open(self.stack.enter_context(common.atomic(self.paths[-1])), "wb"))
-
-
 def export(args):
-    """Write what is still to be asked as batch files."""
+    """Write what is still to be asked as OpenAI batch files, one model a file: FILE, FILE-2, ..."""
     path = Path(args.batch_export)
     old = [p for p in (path, *path.parent.glob(f"{path.stem}-*{path.suffix}")) if p.exists()]
     if old and not args.overwrite:
         raise DataError(f"{old[0]} exists; pass --overwrite or another --batch-export")
-    with contextlib.ExitStack() as stack:
-        files = BatchFiles(path, stack)
-        for _ in filtered(clients(args, files.add), args):
+    paths = []
+    files = {}  # model -> the file that is being filled
+    n_lines = Counter()  # of a file
+    seen = set()  # a custom_id stands for one request
+
+    def add(llm, key, body):
+        request = {"custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": body}
+        line = common.dump(request).encode()
+        digest = bytes.fromhex(key)
+        if digest not in seen:
+            seen.add(digest)
+            file = files.get(llm.model)
+            if file is None or n_lines[file] == BATCH_REQUESTS or file.tell() + len(line) > BATCH_BYTES:
+                number = f"-{len(paths) + 1}" if paths else ""
+                paths.append(path.with_stem(path.stem + number))
+                temporary = finished.enter_context(common.atomic(paths[-1]))
+                file = files[llm.model] = finished.enter_context(open(temporary, "wb"))
+            file.write(line)
+            n_lines[file] += 1
+        return "exported"
+
+    with contextlib.ExitStack() as finished:  # the files get their names when all ends well
+        for _ in filtered(clients(args, add), args):
             pass
-    for stale in set(old) - set(files.paths):
+    for stale in set(old) - set(paths):
         stale.unlink()
-    say(f"{len(files.seen)} calls to ask, in {len(files.paths)} files: {' '.join(map(str, files.paths))}")
+    say(f"{len(seen)} calls to ask, in {len(paths)} files: {' '.join(map(str, paths))}")
 
 
 def read_result(path, number, line):
@@ -321,7 +302,7 @@ def import_results(args, llms):
     for path in args.batch_import:
         for number, line in read_lines(path):
             key, text, reason = read_result(path, number, line)
-            if len(key) != 32 or set(key) - set("0123456789abcdef"):
+            if not re.fullmatch("[0-9a-f]{32}", key):
                 n["not ours"] += 1
             elif reason:
                 errors[key] = f"batch: {reason}"
@@ -362,9 +343,8 @@ def main(argv=None):
     output.write(records())
     total = sum(table.values(), Counter())
     kinds = ("queries", "candidates", "removed", "relabelled", "kept", "unjudged")
-    output.finish(**{kind: total[kind] for kind in kinds},
-                  calls={llm.model: {kind: n for kind, n in llm.stats.items() if n} for llm in llms},
-                  reasons=dict(reasons), by_lang={lang: dict(n) for lang, n in sorted(table.items())})
+    output.finish(**{kind: total[kind] for kind in kinds}, calls={llm.model: +llm.stats for llm in llms},
+                  reasons=reasons, by_lang=dict(sorted(table.items())))  # +: without what is 0
 
 
 if __name__ == "__main__":

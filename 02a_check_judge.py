@@ -17,6 +17,8 @@ import random
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import numpy as np
+
 from common import DataError, Parser, atomic, dump, open_text, positive_int, progress, read_queries, run, say
 from llm import from_flags, in_order, judge_candidates, judge_flags
 
@@ -46,13 +48,13 @@ def command(prog):
     return parser
 
 
-def share(part, whole):
-    """'83.3 [55.2, 95.3] of 12': percent with its 95% Wilson interval."""
+def share(hits):
+    """'83.3 [55.2, 95.3] of 12': percent of (N,) bools with its 95% Wilson interval."""
     from statsmodels.stats.proportion import proportion_confint
-    if not whole:
+    if not len(hits):
         return "-"
-    low, high = proportion_confint(part, whole, alpha=0.05, method="wilson")
-    return f"{100 * part / whole:.1f} [{100 * low:.1f}, {100 * high:.1f}] of {whole}"
+    low, high = proportion_confint(sum(hits), len(hits), alpha=0.05, method="wilson")
+    return f"{100 * np.mean(hits):.1f} [{100 * low:.1f}, {100 * high:.1f}] of {len(hits)}"
 
 
 def show(*rows):
@@ -79,27 +81,28 @@ def labelled_pairs(args):
 
 
 async def judge_pairs(args, pairs):
-    """[(record, passage, relevant, verdict, reason)], and the client."""
+    """[{lang, query_id, docid, relevant, and accuracy, completeness, grade or unjudged}], and the client."""
     async def judge_pair(pair):
         _, record, passage, relevant = pair
-        answers = await judge_candidates(llm, record, [passage], args)
-        return record, passage, relevant, *answers[0]
+        (verdict, reason), = await judge_candidates(llm, record, [passage], args)
+        return {"lang": record["lang"], "query_id": record["query_id"], "docid": passage["docid"],
+                "relevant": relevant} | (verdict or {"unjudged": reason})
     async with from_flags(args) as llm:
         results = in_order(progress(pairs, desc="calibrate", unit=" pairs"), judge_pair, 4 * args.concurrency)
         return [result async for result in results], llm
 
 
-def rates(n):
-    """A row of the table, from the counts of (outcome, whether people call it relevant)."""
-    relevant = n["removed", True] + n["kept", True]
-    irrelevant = n["removed", False] + n["kept", False]
-    right = n["removed", True] + n["kept", False]
-    balanced = "-"
-    if relevant and irrelevant:
-        balanced = f"{50 * n['removed', True] / relevant + 50 * n['kept', False] / irrelevant:.1f}"
-    base = f"{100 * relevant / (relevant + irrelevant):.1f}" if relevant + irrelevant else "-"
-    return [base, balanced, share(right, relevant + irrelevant), share(n["removed", False], irrelevant),
-            share(n["kept", True], relevant), n["unjudged", True] + n["unjudged", False]]
+def rates(results, drop_at):
+    """A row of the table, from judged pairs."""
+    judged = [pair for pair in results if "grade" in pair]
+    relevant = np.array([pair["relevant"] for pair in judged], bool)            # (N,) say people
+    removed = np.array([pair["grade"] >= drop_at for pair in judged], bool)     # (N,) by the judge
+    found = removed[relevant]
+    thrown = removed[~relevant]
+    base = f"{100 * relevant.mean():.1f}" if judged else "-"
+    balanced = f"{50 * (found.mean() + (~thrown).mean()):.1f}" if len(found) and len(thrown) else "-"
+    return [base, balanced, share(removed == relevant), share(thrown), share(~found),
+            len(results) - len(judged)]
 
 
 def calibrate(args):
@@ -107,24 +110,14 @@ def calibrate(args):
     if not pairs:
         raise DataError(f"{args.input}: no second positive, no `human` negative; take a file with judgments")
     results, llm = asyncio.run(judge_pairs(args, pairs))
-    table = defaultdict(Counter)
-    lines = []
-    for record, passage, relevant, verdict, reason in results:
-        outcome = "unjudged"
-        if verdict:
-            outcome = "removed" if verdict["grade"] >= args.drop_at else "kept"
-        table[record["lang"]][outcome, relevant] += 1
-        table["all"][outcome, relevant] += 1
-        lines.append({"lang": record["lang"], "query_id": record["query_id"], "docid": passage["docid"],
-                      "relevant": relevant} | (verdict or {"unjudged": reason}))
     rows = [["lang", "relevant %", "balanced accuracy %", "accuracy %", "negatives thrown away %",
              "false negatives let pass %", "unjudged"]]
-    for lang in sorted(table, key=lambda name: (name == "all", name)):
-        rows.append([lang, *rates(table[lang])])
-    show(*rows)
+    for lang in sorted({pair["lang"] for pair in results}):
+        rows.append([lang, *rates([pair for pair in results if pair["lang"] == lang], args.drop_at)])
+    show(*rows, ["all", *rates(results, args.drop_at)])
     if args.out:
-        write_new(args, args.out, lambda file: file.writelines(map(dump, lines)))
-    grades = Counter(verdict["grade"] for *_, verdict, _ in results if verdict)
+        write_new(args, args.out, lambda file: file.writelines(map(dump, results)))
+    grades = Counter(pair["grade"] for pair in results if "grade" in pair)
     if len(grades) == 1 and grades.total() > 1:
         say(f"{args.llm}: all {grades.total()} verdicts are alike (grade {max(grades)}): it does not judge")
     say(f"{llm.summary()}\ncalibrate: {len(results)} pairs at --drop-at {args.drop_at}, {dict(llm.stats)}")
@@ -220,7 +213,7 @@ def score(args):
             if said != 0.5:  # a tie decides nothing
                 agree[key[item]["removed"]].append((said > 0.5) == (key[item]["removed"] == "1"))
         complete = [list(labels[item].values()) for item in items if len(labels[item]) == len(args.sheets)]
-        shares = [share(sum(of), len(of)) for of in (agree["1"] + agree["0"], agree["1"], agree["0"])]
+        shares = map(share, (agree["1"] + agree["0"], agree["1"], agree["0"]))
         rows.append([lang, len(items), *shares, kappa(complete)])
     show(*rows)
 

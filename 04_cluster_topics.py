@@ -74,25 +74,18 @@ def warn(langs, topics, n_topics):
             "that take topics evenly repeat these; try fewer --topics or another --encoder")
 
 
-def nmi(langs, topics):
-    """Normalised mutual information: 0 where topics say nothing of the language, 1 where all."""
-    from sklearn.metrics import normalized_mutual_info_score
-    return round(float(normalized_mutual_info_score(langs, topics)), 3)
-
-
 def summarise(langs, topics, titles):
     """Say each topic's queries by language, and the titles most its own: frequent here, rare elsewhere."""
     overall = sum(titles.values(), Counter())
     for topic in sorted(titles):
         telling = sorted(titles[topic], key=lambda t: (-titles[topic][t] ** 2 / overall[t], t))[:6]
-        by_lang = sorted(Counter(langs[topics == topic].tolist()).items())
-        words = ", ".join(f"{lang} {n}" for lang, n in by_lang)
-        say(f"topic {topic}: {(topics == topic).sum()} queries ({words}): {'; '.join(telling)}")
-    say(f"normalised mutual information of topic and language: {nmi(langs, topics)} (0 to 1; near 1 the "
-        "topics are languages: see --remove-language-mean and --per-language)")
+        in_topic = Counter(sorted(langs[topics == topic].tolist()))
+        by_lang = ", ".join(f"{lang} {n}" for lang, n in in_topic.items())
+        say(f"topic {topic}: {in_topic.total()} queries ({by_lang}): {'; '.join(telling)}")
 
 
 def main(argv=None):
+    from sklearn.metrics import normalized_mutual_info_score
     args = build_parser().parse_args(argv)
     output = Output(args, [args.input], [args.encoder])
     if output.is_done():
@@ -103,8 +96,9 @@ def main(argv=None):
     for lang in np.unique(langs) if args.remove_language_mean else []:
         vectors[langs == lang] -= vectors[langs == lang].mean(0)
     topics = np.zeros(len(langs), int)
-    for group in np.unique(langs) if args.per_language else ["all"]:
-        rows = np.flatnonzero((langs == group) | (not args.per_language))
+    groups = langs if args.per_language else np.full(len(langs), "all")
+    for group in np.unique(groups):
+        rows = np.flatnonzero(groups == group)
         topics[rows] = cluster(vectors[rows], args.topics, args.seed)
         n_topics = len(np.unique(topics[rows]))
         if n_topics < args.topics:
@@ -119,9 +113,11 @@ def main(argv=None):
 
     output.write(labelled())
     summarise(langs, topics, titles)
-    sizes = {lang: Counter(topics[langs == lang].tolist()) for lang in np.unique(langs).tolist()}
-    output.finish(queries=len(langs), topics=int(topics.max()) + 1, nmi_topic_language=nmi(langs, topics),
-                  by_lang={lang: dict(sorted(of_lang.items())) for lang, of_lang in sizes.items()})
+    nmi = round(float(normalized_mutual_info_score(langs, topics)), 3)
+    say(f"normalised mutual information of topic and language: {nmi} (0 to 1; near 1 the topics are "
+        "languages: see --remove-language-mean and --per-language)")
+    sizes = {lang: Counter(sorted(topics[langs == lang].tolist())) for lang in np.unique(langs).tolist()}
+    output.finish(queries=len(langs), topics=int(topics.max()) + 1, nmi_topic_language=nmi, by_lang=sizes)
 
 
 if __name__ == "__main__":

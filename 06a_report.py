@@ -9,7 +9,6 @@ Usage   python 06a_report.py --run runs/sample --out runs/sample/eval
 Cost    seconds; one pass over topics.jsonl
 """
 import json
-import textwrap
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -24,7 +23,7 @@ BACKBONES = {"bge-m3": "BGE", "e5-large": "mE5", "mdpr": "mDPR", "bert-base-mult
 FILES = {"filtered": "filtered.jsonl.meta.json", "augmented": "augmented.jsonl.meta.json",
          "model": "model.meta.json", "metrics": "eval/metrics.json",
          "records": "topics.jsonl", "log": "model/train_log.jsonl"}  # in RUN
-LOOKS = [{"color": "white", "hatch": "////"}, {"color": "0.75", "hatch": "...."}, {"color": "0.25"}]
+HATCHES = ["////", "....", "xxxx", "--", "||"]  # of bars that are not ours
 
 
 def build_parser():
@@ -43,24 +42,26 @@ def gather(folder, lang=None, limit=None):
     if not there:
         raise DataError(f"{folder}: none of the stages' files is there; check --run")
     found = {name: read_json(path) for name, path in paths.items() if path.suffix == ".json"}
+    if isinstance(found["metrics"].get("tests"), dict):
+        raise DataError(f"{paths['metrics']}: made by an earlier 06_eval.py; run it again")
     found |= {"lang": lang, "log": [], "records": {}}
     if paths["log"] in there:
-        found["log"] = [parse_line(paths["log"], number, line) for number, line in read_lines(paths["log"])]
+        found["log"] = [parse_line(paths["log"], *numbered) for numbered in read_lines(paths["log"])]
     if paths["records"] in there:
         found["records"] = count_records(paths["records"], lang, limit)
     return found, there
 
 
 def count_records(path, lang, limit):
-    """{sources, topics: {lang: Counter}, titles: {topic: Counter}} of topics.jsonl."""
-    sources, topics, titles = defaultdict(Counter), defaultdict(Counter), defaultdict(Counter)
+    """{sources: {lang: Counter}, titles: {topic: Counter}, langs: {topic: languages}} of topics.jsonl."""
+    counts = {"sources": defaultdict(Counter), "titles": defaultdict(Counter), "langs": defaultdict(set)}
     for record in read_queries(path, lang, limit):
-        for passage in record.get("negative_passages", []):
-            sources[record["lang"]][passage.get("source", "unknown")] += 1
+        negatives = record.get("negative_passages", [])
+        counts["sources"][record["lang"]].update(p.get("source", "unknown") for p in negatives)
         if "topic" in record:
-            topics[record["lang"]][record["topic"]] += 1
-            titles[record["topic"]][record["positive_passages"][0].get("title", "")] += 1
-    return {"sources": sources, "topics": topics, "titles": titles}
+            counts["titles"][record["topic"]][record["positive_passages"][0].get("title", "")] += 1
+            counts["langs"][record["topic"]].add(record["lang"])
+    return counts
 
 
 def shown(found, langs):
@@ -70,10 +71,11 @@ def shown(found, langs):
 
 
 def evaluated(found):
-    """(ours, {model: {lang: scores}}, the test of ours against the baseline or None, languages)."""
+    """(ours, {model: {lang: scores}}, [the test of ours against each baseline], languages)."""
     models = found["metrics"]["models"]
     ours = list(models)[-1]
-    return ours, models, found["metrics"]["tests"].get(ours), shown(found, models[ours])
+    tests = [test for test in found["metrics"]["tests"] if test["model"] == ours]
+    return ours, models, tests, shown(found, models[ours])
 
 
 # --------------------------------------------------------------------------- tables
@@ -83,24 +85,24 @@ def markdown(header, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def named(lang):
-    return f"{LANGUAGES.get(lang, lang)} ({lang})"
+def named(lang, note=""):
+    return "**all**" if lang == "all" else f"{LANGUAGES.get(lang, lang)} ({lang}{note})"
 
 
 def score_table(found, measure, paper):
     """Markdown: a measure of every model by language, the paper's beside it: {column: {lang: value}}."""
-    ours, models, test, langs = evaluated(found)
-    test = test if measure == "ndcg@10" else None
+    ours, models, tests, langs = evaluated(found)
+    tests = tests if measure == "ndcg@10" else []
     header = ["language", "queries", *(f"`{model}`" for model in models)]
-    if test:
+    for test in tests:
         header += [f"`{ours}` - `{test['vs']}`", "95% interval", "p"]
     rows = []
     for name, part in table_rows(found, langs).items():
-        mean = {model: np.mean([of[lang][measure] for lang in part]) for model, of in models.items()}
+        mean = {model: 100 * np.mean([of[lang][measure] for lang in part]) for model, of in models.items()}
         row = [name, sum(models[ours][lang]["queries"] for lang in part)]
-        row += [f"{100 * value:.1f}" for value in mean.values()]
-        if test:
-            row += [f"{100 * (mean[ours] - mean[test['vs']]):+.1f}", *tested(test, part)]
+        row += [f"{value:.1f}" for value in mean.values()]
+        for test in tests:
+            row += [f"{mean[ours] - mean[test['vs']]:+.1f}", *tested(test, name, part)]
         rows.append(row + [paper_average(of, part) for of in paper.values()])
     return markdown(header + [f"paper: {column}" for column in paper], rows)
 
@@ -109,9 +111,7 @@ def table_rows(found, langs):
     """{name: languages} of each language and of the averages, the zero-shot languages apart."""
     zero_shot = [lang for lang in langs if lang in found["metrics"]["settings"]["zero_shot"]]
     trained = [lang for lang in langs if lang not in zero_shot]
-    rows = {}
-    for lang in langs:
-        rows[named(lang).replace(")", ", zero-shot)") if lang in zero_shot else named(lang)] = [lang]
+    rows = {named(lang, ", zero-shot" if lang in zero_shot else ""): [lang] for lang in langs}
     rows[f"**avg of {len(langs)}**"] = langs
     if trained and zero_shot:
         rows[f"**avg of the {len(trained)} with training data**"] = trained
@@ -119,17 +119,16 @@ def table_rows(found, langs):
     return rows
 
 
-def tested(test, part):
+def tested(test, name, part):
     """[95% interval in points, p], bold below 0.05; empty where these languages were not tested together."""
-    if len(part) == len(test["by_lang"]):
-        result = test
-    elif len(part) == 1:
-        result = test["by_lang"][part[0]]
+    if not name.startswith("**avg"):
+        interval, p = test["by_lang"][part[0]]["ci95"], test["by_lang"][part[0]]["p"]
+    elif len(part) == len(test["by_lang"]):
+        interval, p = test["ci95"], test["p_holm"]
     else:
         return ["", ""]
-    ends = " to ".join(f"{100 * end:+.1f}" for end in result["ci95"])
-    p = "< 0.001" if result["p"] < 0.001 else f"{result['p']:.3f}"
-    return [ends, f"**{p}**" if result["p"] < 0.05 else p]
+    told = "< 0.001" if p < 0.001 else f"{p:.3f}"
+    return [" to ".join(f"{100 * end:+.1f}" for end in interval), f"**{told}**" if p < 0.05 else told]
 
 
 def paper_average(of_model, langs):
@@ -146,56 +145,57 @@ def score_tables(found):
     columns = ["BM25", backbone, f"Ours {backbone}"]
     ndcg = {column: PAPER["results"][column] for column in columns}
     recall = {column: {"avg": PAPER["recall@100"][column]} for column in columns}
-    how = ("p: two-sided paired t-test over the queries, of all languages for the average; bold: p < 0.05, "
-           "not corrected for the number of languages. Interval: bootstrap of each language's queries.")
+    how = ("Interval and two-sided p: bootstrap of each language's queries, for the average of the mean over "
+           "languages. Bold: p < 0.05, for the average after Holm's correction over all tests of the run, "
+           "for a language not corrected for their number.")
     said = ("**The paper's columns are a reference**: of full MIRACL (dev split, 16 languages, 90 million "
             f"passages) and {backbone}. Only a run of the same data and encoder compares with them.")
     return "\n\n".join(["### nDCG@10, %", score_table(found, "ndcg@10", ndcg), how,
                         "### Recall@100, %", score_table(found, "recall@100", recall), said])
 
 
+def by_language(found, counts):
+    """{lang: Counter} of the languages shown, and `all` of them together."""
+    counts = {lang: Counter(counts[lang]) for lang in shown(found, counts)}
+    return counts | {"all": sum(counts.values(), Counter())}
+
+
 def removed_shares(found):
     """{lang: (candidates, removed, %)} of the judge; `all` is of all candidates, as Table 8's average is."""
-    by_lang = found["filtered"].get("counts", {}).get("by_lang", {})
-    counts = {lang: Counter(by_lang[lang]) for lang in shown(found, by_lang)}
-    counts["all"] = sum(counts.values(), Counter())
+    counts = by_language(found, found["filtered"].get("counts", {}).get("by_lang", {}))
     return {lang: (of["candidates"], of["removed"], 100 * of["removed"] / of["candidates"])
             for lang, of in counts.items() if of["candidates"]}
 
 
 def removed_table(found):
-    rows = []
-    for lang, (candidates, removed, share) in removed_shares(found).items():
-        name = "**all**" if lang == "all" else named(lang)
-        rows.append([name, candidates, removed, f"{share:.1f}", ELIMINATED.get(lang, "–")])
+    rows = [[named(lang), candidates, removed, f"{share:.1f}", ELIMINATED.get(lang, "–")]
+            for lang, (candidates, removed, share) in removed_shares(found).items()]
     return markdown(["language", "candidates", "removed", "%", "Table 8, % (its data and judge)"], rows)
 
 
 def sources_table(found):
     """Markdown: where the final negatives come from, by language, in %."""
-    by_lang = found["records"]["sources"]
-    sources = {named(lang): by_lang[lang] for lang in shown(found, by_lang)}
-    sources["**all**"] = sum(sources.values(), Counter())
-    kinds = sorted(sources["**all**"])
+    sources = by_language(found, found["records"]["sources"])
+    kinds = sorted(sources["all"])
     rows = []
-    for name, counts in sources.items():
-        share = {kind: 100 * counts[kind] / max(1, counts.total()) for kind in kinds}
-        share["stage 2"] = share.get("generated-query", 0) + share.get("written", 0)
-        rows.append([name, counts.total(), *(f"{value:.2f}" for value in share.values())])
+    for lang, counts in sources.items():
+        numbers = [*(counts[kind] for kind in kinds), counts["generated-query"] + counts["written"]]
+        shares = [f"{100 * n / max(1, counts.total()):.2f}" for n in numbers]
+        rows.append([named(lang), counts.total(), *shares])
     table = markdown(["language", "negatives", *(f"{kind}, %" for kind in [*kinds, "from stage 2"])], rows)
     return f"{table}\n\nIn the paper {PAPER['from_stage_2']}% of the negatives come from stage 2, on average."
 
 
 def topics_table(found):
     """Markdown: each topic's size, languages, and the titles that are most its own."""
-    topics, titles = found["records"]["topics"], found["records"]["titles"]
+    titles = found["records"]["titles"]
     overall = sum(titles.values(), Counter())
     rows = []
     for topic, own in sorted(titles.items()):
         telling = sorted(set(own) - {""}, key=lambda title: (-own[title] ** 2 / overall[title], title))[:6]
         names = ", ".join(" ".join(title.replace("|", "/").split()) for title in telling)
-        n_langs = sum(topic in of_lang for of_lang in topics.values())
-        rows.append([topic, own.total(), f"{100 * own.total() / overall.total():.1f}", n_langs, names])
+        share = f"{100 * own.total() / overall.total():.1f}"
+        rows.append([topic, own.total(), share, len(found["records"]["langs"][topic]), names])
     return markdown(["topic", "queries", "%", "languages", "titles that are most its own"], rows)
 
 
@@ -208,7 +208,7 @@ def save_figure(draw, found, path, note):
     matplotlib.rcParams |= {"hatch.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False}
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     title = draw(found, figure.subplots())
-    figure.suptitle("\n".join(textwrap.wrap(title, 110) + textwrap.wrap(note, 110)), fontsize=11)
+    figure.suptitle(f"{title}\n{note}".strip(), fontsize=11, wrap=True)
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
     return title
@@ -216,29 +216,29 @@ def save_figure(draw, found, path, note):
 
 def draw_bars(axis, labels, series, unit):
     """Grouped bars of {name: values}, the last of them ours; the last label, all languages, stands apart."""
-    width = 0.8 / len(series)
-    for i, (name, values) in enumerate(series.items()):
-        places = np.arange(len(labels)) + (i - (len(series) - 1) / 2) * width
-        look = LOOKS[i - len(series)]  # the last of them for ours
-        axis.bar(places, values, width, label=name, edgecolor="black", linewidth=0.6, **look)
-    axis.set_xticks(range(len(labels)), labels)
+    n_others = len(series) - 1
+    greys = np.linspace(0.25, 1, len(series))[::-1].astype(str)
+    hatches = [*(HATCHES * n_others)[:n_others], None]
+    axis.grouped_bar(series, tick_labels=labels, group_spacing=0.25 * len(series), colors=greys,
+                     hatch=hatches, edgecolor="black", linewidth=0.6)
     axis.axvline(len(labels) - 1.5, color="black", linewidth=0.8, linestyle=":")
     axis.set(xlabel="language (* zero-shot: no training queries)", ylabel=unit)
     axis.legend(ncols=len(series), frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
 
 
 def scores_figure(found, axis):
-    ours, models, test, langs = evaluated(found)
-    names = [name for name in models if name in ("bm25", ours, test["vs"] if test else "")]
-    scores = {name: [100 * models[name][lang]["ndcg@10"] for lang in langs] for name in names}
+    ours, models, tests, langs = evaluated(found)
+    names = ["bm25", *(test["vs"] for test in tests), ours]
+    scores = {name: [100 * of_model[lang]["ndcg@10"] for lang in langs]
+              for name, of_model in models.items() if name in names}
     for values in scores.values():
         values.append(np.mean(values))
     title = ", ".join(f"{name}: {values[-1]:.1f}" for name, values in scores.items()) + " nDCG@10 on average"
-    if test:
-        gains = np.subtract(scores[ours], scores[test["vs"]])
-        side = "above" if gains[-1] > 0 else "below"
-        title = (f"Ours is {abs(gains[-1]):.1f} nDCG@10 {side} {test['vs']} on average: better in "
-                 f"{sum(gains[:-1] > 0)} of {len(langs)} languages")
+    gains = {test["vs"]: np.subtract(scores[ours], scores[test["vs"]]) for test in tests}
+    said = [f"{abs(gain[-1]):.1f} nDCG@10 {'above' if gain[-1] > 0 else 'below'} {name} on average: "
+            f"better in {sum(gain[:-1] > 0)} of {len(langs)} languages" for name, gain in gains.items()]
+    if said:
+        title = f"Ours is {'; '.join(said)}"
     labels = [lang + "*" if lang in found["metrics"]["settings"]["zero_shot"] else lang for lang in langs]
     draw_bars(axis, [*labels, "avg"], scores, "nDCG@10 (%)")
     return title
@@ -257,19 +257,17 @@ def removed_figure(found, axis):
 
 
 def loss_figure(found, axis):
-    steps = [line for line in found["log"] if "loss" in line]
+    steps = np.array([(line["step"], line["loss"]) for line in found["log"] if "loss" in line])  # (N, 2)
     dev = [line for line in found["log"] if "dev" in line]
-    loss = [line["loss"] for line in steps]
-    window = max(1, len(loss) // 20)
-    smooth = np.convolve(loss, np.ones(window) / window, "valid")
+    window = max(1, len(steps) // 20)
+    smooth = np.convolve(steps[:, 1], np.ones(window) / window, "valid")
     title = f"Training loss goes from {smooth[0]:.2f} to {smooth[-1]:.2f}"
     if dev:
         best = max(dev, key=lambda line: line["dev_mrr@10"])
         title += (f"; held-out queries rank best after epoch {best['epoch']:g} of {dev[-1]['epoch']:g}: "
                   f"MRR@10 {best['dev_mrr@10']:.2f}, at the end {dev[-1]['dev_mrr@10']:.2f}")
-    at = [line["step"] for line in steps]
-    axis.plot(at, loss, ".", color="0.7", markersize=3, label="one step (one language)")
-    axis.plot(at[window - 1:], smooth, "-", color="black", label=f"mean of {window} steps")
+    axis.plot(*steps.T, ".", color="0.7", markersize=3, label="one step (one language)")
+    axis.plot(steps[window - 1:, 0], smooth, "-", color="black", label=f"mean of {window} steps")
     axis.set(xlabel="optimiser step", ylabel="loss (nats)")
     axis.legend(frameon=False)
     return title
@@ -278,19 +276,21 @@ def loss_figure(found, axis):
 # --------------------------------------------------------------------------- the report
 
 def notes(found):
-    """[(note below figures, sentence on top)]: what a reader must know before the numbers."""
-    said, settings = [], found["metrics"].get("settings", {})
-    asked = found["filtered"].get("arguments", {}) | found["augmented"].get("arguments", {})
-    if "offline-stand-in" in (asked.get("llm"), asked.get("judge_llm"), asked.get("cascade_llm")):
-        said.append(("negatives judged by the offline stand-in, text matching, not by a language model",
-                     "**The offline stand-in judged and wrote here**: text matching (`offline_llm.py`), no "
-                     "language model. What was removed, generated and learned shows that the pipeline works; "
-                     "it says nothing about the method with a real model."))
+    """{note below figures: sentence on top}: what a reader must know before the numbers."""
+    said = {}
+    settings = found["metrics"].get("settings", {})
+    arguments = [value for stage in ("filtered", "augmented")
+                 for value in found[stage].get("arguments", {}).values()]
+    if "offline-stand-in" in arguments:
+        said["negatives judged by the offline stand-in, text matching, not by a language model"] = (
+            "**The offline stand-in judged and wrote here**: text matching (`offline_llm.py`), no language "
+            "model. What was removed, generated and learned shows that the pipeline works; it says nothing "
+            "about the method with a real model.")
     if settings.get("pool") == "judged":
-        said.append(("on a judged pool, not the corpus", f"**Scores are on a {settings['pool_note']}.**"))
+        said["on a judged pool, not the corpus"] = f"**Scores are on a {settings['pool_note']}.**"
     if settings.get("limit"):
-        of = f"the first {settings['limit']} queries of a language"
-        said.append((of, f"**Only {of} were evaluated.**"))
+        first = f"the first {settings['limit']} queries of a language"
+        said[first] = f"**Only {first} were evaluated.**"
     return said
 
 
@@ -301,11 +301,11 @@ def compose(found, folder, out):
     parts = [("Scores by language (Table 1)", scored, score_tables, "scores", scores_figure),
              ("False negatives removed (Table 8)", removed, removed_table, "removed", removed_figure),
              ("Where the negatives come from", found["records"], sources_table, "", None),
-             ("Topics (Table 13)", found["records"].get("topics"), topics_table, "", None),
+             ("Topics (Table 13)", found["records"].get("titles"), topics_table, "", None),
              ("Training", found["log"], None, "loss", loss_figure)]
     said = notes(found)
-    note = f"({'; '.join(short for short, _ in said)})" if said else ""
-    text = [f"# Report of `{short_name(folder)}`", *(sentence for _, sentence in said)]
+    note = f"({'; '.join(said)})" if said else ""
+    text = [f"# Report of `{short_name(folder)}`", *said.values()]
     left_out = [heading for heading, content, *_ in parts if not content]
     if left_out:
         text.append(f"**Left out**: {'; '.join(left_out)}.")

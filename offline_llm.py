@@ -4,32 +4,29 @@ It lets the pipeline run end to end on a fresh machine, over a real socket with 
 LANGUAGE MODEL: it compares words and numbers, and picks and cuts sentences (sample/stand_in.py). Its output
 shows that the plumbing works, not what the method is worth; every answer says so in `system_fingerprint`.
 
-Reads   POST /v1/chat/completions; the last user message has lines `Label: "JSON string"` (answer_task).
-        Other lines are ignored, other tasks refused with 400. Also GET /v1/models.
+Reads   POST /v1/chat/completions; the last user message has lines `Label: "JSON string"` (stand_in.py).
+        Other lines are ignored, other tasks refused with 400. Also GET /v1/models. Answers depend on the
+        request alone: no memory, no chance, no clock (`created` is 0; temperature and seed change nothing).
+        Token counts are an estimate: UTF-8 bytes / 4 rounded up, plus 4 a message
 Usage   python offline_llm.py --port 0            prints its base URL, serves until SIGTERM
         python offline_llm.py --exec make all     serves while the command runs
 Cost    one core, 60 MB, 0.5 ms a judge call with its HTTP
-
-Answers depend on the request alone: no memory, no chance, no clock (`created` is 0; temperature and seed
-change nothing). Token counts are an estimate: UTF-8 bytes / 4 rounded up, plus 4 a message.
 """
 import argparse
 import asyncio
 import json
 import math
 import os
-import re
 import signal
 import sys
 
+from aiohttp import web
+
 from common import Parser
-from sample.stand_in import judge, summarise, write_negative, write_query
+from sample.stand_in import Unanswerable, answer_task
 
 FINGERPRINT = "offline-stand-in: classical methods, no language model"
 MAX_BODY = 4 * 1024 * 1024  # bytes; more is answered 413
-REFERENCE = "Reference passage"
-LABEL = re.compile(r"^(Question|Reference passage|Candidate passage|Passage that answers it|Passage|Summary)"
-                   r"(?: \([^)\n]*\))?:[ \t]*(.*)$", re.MULTILINE)
 
 
 def build_parser():
@@ -44,47 +41,10 @@ def build_parser():
 
 # --------------------------------------------------------------------------- the chat protocol
 
-class RequestError(Exception):
-    """What the client is told, with status 400; param names the field to mend."""
-
-    def __init__(self, message, param=None, code=None):
-        super().__init__(message)
-        self.body = {"error": {"message": message, "type": "invalid_request_error", "param": param,
-                               "code": code}}
-
-
-def read_labels(message):
-    """{label: value} of the lines `Label: "JSON string"`; a passage cannot leave its JSON string."""
-    values = {}
-    for label, raw in LABEL.findall(message):
-        try:
-            values[label] = json.loads(raw)
-        except (ValueError, RecursionError):
-            values[label] = None
-        if not isinstance(values[label], str):
-            raise RequestError(f'line "{label}:" needs a JSON string, got {raw[:60]!r}', "messages")
-    return values
-
-
-def answer_task(message):
-    """The answer to a user message: a dict (to be sent as JSON) for the judge's task, else plain text."""
-    match read_labels(message):
-        case {"Question": question, "Candidate passage": candidate, **more} if set(more) <= {REFERENCE}:
-            return judge(question, more.get(REFERENCE), candidate)  # Sec. 3.3
-        case {"Question": question, "Passage": passage, **more} if not more:
-            return summarise(question, passage)  # Sec. 3.4: the sentences that cover the question best
-        case {"Summary": summary, **more} if not more:
-            return write_query(summary)  # Sec. 3.4: its telling words and numbers, in order
-        case {"Question": question, "Passage that answers it": passage, **more} if not more:
-            return write_negative(question, passage)  # the sentences that cover the question least
-        case given:
-            raise RequestError("this stand-in is no language model and does not know this task (labels: "
-                               f"{', '.join(given) or 'none'}); see offline_llm.py --help, or use a real "
-                               "server", "messages", code="unknown_task")
-
-
-def n_bytes(text):
-    return len(text.encode("utf-8", "replace"))
+def refusal(message, param=None, code=None):
+    """To be raised: status 400 with OpenAI's error body; param names the field to mend."""
+    error = {"message": message, "type": "invalid_request_error", "param": param, "code": code}
+    return web.HTTPBadRequest(text=json.dumps({"error": error}), content_type="application/json")
 
 
 def complete(body):
@@ -97,17 +57,21 @@ def complete(body):
         max_tokens = int(body.get("max_completion_tokens") or body.get("max_tokens") or sys.maxsize)
         wants_json = (body.get("response_format") or {"type": "text"})["type"] != "text"
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        raise RequestError(f"no chat request: {type(error).__name__}: {error}") from None
+        raise refusal(f"no chat request: {type(error).__name__}: {error}") from None
     if not asked or not all(isinstance(text, str) for text in texts):
-        raise RequestError("want messages {role, content}, one of the user among them, with texts as "
-                           "content", "messages")
-    answer = answer_task(asked[-1])
+        raise refusal("want messages {role, content}, one of the user among them, with texts as content",
+                      "messages")
+    try:
+        answer = answer_task(asked[-1])
+    except Unanswerable as error:
+        message, code = error.args
+        raise refusal(message, "messages", code) from None
     if wants_json and isinstance(answer, str):
-        raise RequestError("this task is answered in plain text", "response_format")
+        raise refusal("this task is answered in plain text", "response_format")
     text = answer if isinstance(answer, str) else json.dumps(answer)
     data = text.encode("utf-8", "replace")
     shown = data[:4 * max_tokens].decode("utf-8", "ignore")
-    n_prompt = sum(4 + math.ceil(n_bytes(text) / 4) for text in texts)
+    n_prompt = sum(4 + math.ceil(len(text.encode("utf-8", "replace")) / 4) for text in texts)
     n_completion = min(math.ceil(len(data) / 4), max_tokens)
     choice = {"index": 0, "message": {"role": "assistant", "content": shown, "refusal": None},
               "logprobs": None, "finish_reason": "stop" if len(data) <= 4 * max_tokens else "length"}
@@ -119,31 +83,19 @@ def complete(body):
 
 # --------------------------------------------------------------------------- the server
 
-def application():
-    """Its two routes."""
-    from aiohttp import web
+async def chat(request):
+    return web.json_response(complete(await request.read()))
 
-    async def chat(request):
-        data = await request.read()
-        try:
-            return web.json_response(complete(data))
-        except RequestError as error:
-            return web.json_response(error.body, status=400)
 
-    async def models(_):
-        model = {"id": "offline-stand-in", "object": "model", "created": 0, "owned_by": FINGERPRINT}
-        return web.json_response({"object": "list", "data": [model]})
-
-    app = web.Application(client_max_size=MAX_BODY)
-    app.router.add_post("/v1/chat/completions", chat)
-    app.router.add_get("/v1/models", models)
-    return app
+async def models(_):
+    model = {"id": "offline-stand-in", "object": "model", "created": 0, "owned_by": FINGERPRINT}
+    return web.json_response({"object": "list", "data": [model]})
 
 
 async def run_command(command, url):
     """The exit status of a command that finds the server in its environment."""
-    no_proxy = os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
-    no_proxy = f"127.0.0.1,{no_proxy}"  # a proxy cannot reach this machine
+    outside = os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
+    no_proxy = f"127.0.0.1,{outside}"  # a proxy cannot reach this machine
     env = {"OPENAI_API_KEY": "offline", **os.environ, "OPENAI_BASE_URL": url,
            "NO_PROXY": no_proxy, "no_proxy": no_proxy}
     child = await asyncio.create_subprocess_exec(*command, env=env)
@@ -155,8 +107,9 @@ async def run_command(command, url):
 
 async def serve(port, command):
     """Serves until SIGTERM or Ctrl-C, or as long as the command runs; returns the exit status."""
-    from aiohttp import web
-    runner = web.AppRunner(application(), access_log=None)
+    app = web.Application(client_max_size=MAX_BODY)
+    app.add_routes([web.post("/v1/chat/completions", chat), web.get("/v1/models", models)])
+    runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", port, backlog=1024).start()
     url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"

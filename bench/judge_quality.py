@@ -213,10 +213,11 @@ def answer(args):
     """Run the command beside an endpoint that speaks offline_llm.py's protocol; a negative error rate: it
     finds nothing relevant."""
     import offline_llm
+    from sample import stand_in
 
     truth = json.loads(Path(args.answer).read_text("utf-8"))
     offline_llm.FINGERPRINT = "labelled simulation: answers from known labels, no language model"
-    offline_llm.judge = (
+    stand_in.judge = (
         labelled_judge(truth, args.error, args.weak, args.weak_error, args.seed)
         if args.error >= 0
         else lambda question, reference, candidate: {"accuracy": 0, "completeness": 0}

@@ -1,9 +1,10 @@
 """What the stand-in of offline_llm.py can do: judge, summarise, write queries and negatives.
 
 No language model: it compares words and numbers, and picks and cuts sentences, in any language. A passage is
-title, newline, text (or only text). Answers depend on the arguments alone.
+title, newline, text (or only text). Answers depend on the arguments alone. answer_task reads a message.
 """
 import functools
+import json
 import re
 from collections import Counter
 
@@ -242,3 +243,44 @@ def write_negative(question, passage):
     known = set(terms(question + "\n" + title))
     words = [w for part in parts for w in PHRASE.findall(part) if set(terms(w)) <= known]
     return " ".join(words) or title or question
+
+
+# ---- which of them a message asks for
+
+REFERENCE = "Reference passage"
+LABEL = re.compile(r"^(Question|Reference passage|Candidate passage|Passage that answers it|Passage|Summary)"
+                   r"(?: \([^)\n]*\))?:[ \t]*(.*)$", re.MULTILINE)
+
+
+class Unanswerable(ValueError):
+    """Why a message has no answer, and a code for programs or None."""
+
+
+def read_labels(message):
+    """{label: value} of the lines `Label: "JSON string"`; a passage cannot leave its JSON string."""
+    values = {}
+    for label, raw in LABEL.findall(message):
+        try:
+            values[label] = json.loads(raw)
+        except (ValueError, RecursionError):
+            values[label] = None
+        if not isinstance(values[label], str):
+            raise Unanswerable(f'line "{label}:" needs a JSON string, got {raw[:60]!r}', None)
+    return values
+
+
+def answer_task(message):
+    """The answer to a user message: a dict (to be sent as JSON) for the judge's task, else plain text."""
+    match read_labels(message):
+        case {"Question": question, "Candidate passage": candidate, **more} if set(more) <= {REFERENCE}:
+            return judge(question, more.get(REFERENCE), candidate)  # Sec. 3.3
+        case {"Question": question, "Passage": passage, **more} if not more:
+            return summarise(question, passage)  # Sec. 3.4: the sentences that cover the question best
+        case {"Summary": summary, **more} if not more:
+            return write_query(summary)  # Sec. 3.4: its telling words and numbers, in order
+        case {"Question": question, "Passage that answers it": passage, **more} if not more:
+            return write_negative(question, passage)  # the sentences that cover the question least
+        case given:
+            raise Unanswerable("this stand-in is no language model and does not know this task (labels: "
+                               f"{', '.join(given) or 'none'}); see offline_llm.py --help, or use a real "
+                               "server", "unknown_task")

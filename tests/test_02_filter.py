@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import sqlite3
 import subprocess
@@ -626,6 +627,12 @@ def test_dry_run_tells_what_the_run_then_costs(tmp_path, capsys):
             and "estimated as bytes / 4" in printed
             and "80 candidates, 4 of" in printed
         )
+        calls, prompt, completion, money = re.search(
+            r"in all ([\d,]+) calls, ([\d,]+) prompt and ([\d,]+) completion tokens, ([\d.]+) money", printed
+        ).groups()
+        n_prompt, n_completion = (int(n.replace(",", "")) for n in (prompt, completion))
+        assert (calls, n_completion) == ("76", 76 * 16)
+        assert float(money) == round((2 * n_prompt + 8 * n_completion) / 1e6, 2) > 0
         filter_(tmp_path, server.url)
         assert len(server.bodies) == 76
         capsys.readouterr()
@@ -714,6 +721,14 @@ def test_exported_answered_and_imported_is_as_online(tmp_path, layout, flags):
     assert out.read_bytes() == online.read_bytes()
 
 
+def test_a_request_is_exported_once_however_often_it_is_asked(tmp_path):
+    row = records(1)[0]
+    write(tmp_path / "in.jsonl", [row, row | {"query_id": "the same question again"}])
+    filter_(tmp_path, "", "--batch-export", tmp_path / "b.jsonl")
+    keys = [request["custom_id"] for request in read(tmp_path / "b.jsonl")]
+    assert len(keys) == len(set(keys)) == 19
+
+
 def test_batch_files_are_split_and_failures_are_exported_again(tmp_path, capsys):
     write(tmp_path / "in.jsonl", records(6))
     stage = load_stage("02_filter_false_negatives")
@@ -782,3 +797,28 @@ def test_a_cascade_in_batches_is_as_online(tmp_path):
             1,
         )
     assert out.read_bytes() == online.read_bytes()
+
+
+# ---- what a message advises
+
+
+def graded(grade, n):
+    """The first n passages that the test server's judge gives this grade."""
+    texts = (f"สวัสดี {i}" for i in range(10_000))
+    chosen = itertools.islice((text for text in texts if min(scores(text).values()) == grade), n)
+    return [passage(f"{grade}#{i}", text) for i, text in enumerate(chosen)]
+
+
+@pytest.mark.parametrize(
+    "grades, drop_at, advised", [([1, 2], 1, True), ([2, 2], 1, False), ([2, 2], 2, False)]
+)
+def test_a_higher_drop_at_is_advised_only_where_it_keeps_more(tmp_path, grades, drop_at, advised):
+    row = records(1, 0, 0)[0]
+    row["candidate_passages"] = [c for grade, n in Counter(grades).items() for c in graded(grade, n)]
+    write(tmp_path / "in.jsonl", [row])
+    with Running() as server, pytest.raises(common.DataError) as error:
+        filter_(tmp_path, server.url, "--drop-at", drop_at)
+    told = str(error.value)
+    assert f"0 of 2 candidates kept at --drop-at {drop_at}; " in told
+    assert told.endswith("look at the judge's answers")
+    assert ("try --drop-at 2" in told) == advised

@@ -93,6 +93,8 @@ def test_calibrate_counts_by_hand(judged, tmp_path, capsys):
         "71.4 [35.9, 91.8] of 7" in rows["th"]
     )  # 5 of 7 right; Wilson by hand: centre 0.6384, half-width 0.2794
     assert "25.0 [4.6, 69.9] of 4" in rows["th"] and "33.3 [6.1, 79.2] of 3" in rows["th"]
+    # people call 3 of 7 relevant; balanced: the mean of 2 of 3 found and 3 of 4 spared
+    assert rows["th"].split()[1:3] == ["42.9", "70.8"] and rows["sw"].split()[1:3] == ["50.0", "100.0"]
     assert "100.0 [34.2, 100.0] of 2" in rows["sw"] and "0.0 [0.0, 79.3] of 1" in rows["sw"]
     assert len((tmp_path / "o").read_text("utf-8").splitlines()) == 9
 

@@ -35,6 +35,7 @@ def make_run(
     llm="offline-stand-in",
     encoder="BAAI/bge-m3",
     ours="model",
+    baselines=("start",),
     **settings,
 ):
     """A run folder as the stages leave it: a language has gains of 1, 2, ... points, 10, 20, ... queries."""
@@ -59,28 +60,34 @@ def make_run(
                 "split": "dev",
                 "depth": 100,
                 "limit": None,
-                "baseline": "start",
+                "baselines": list(baselines),
                 "zero_shot": ["yo"] if "yo" in langs else [],
                 "pool": "full",
             }
             | settings,
             "models": rows,
-            "tests": {
-                ours: {
-                    "vs": "start",
-                    "avg_diff": gain,
-                    "p": 0.012,
-                    "ci95": [gain - 0.01, gain + 0.01],
+            "tests": [
+                {
+                    "model": model,
+                    "vs": vs,
+                    "diff": gain + shift,
+                    "p": 0.006,
+                    "p_holm": 0.012 + shift,
+                    "ci95": [gain + shift - 0.01, gain + shift + 0.01],
                     "by_lang": {
                         lang: {
-                            "diff": i / 100,
+                            "diff": i / 100 + shift,
                             "p": 0.2 if i > 1 else 0.03,
-                            "ci95": [i / 100 - 0.02, i / 100 + 0.02],
+                            "ci95": [i / 100 + shift - 0.02, i / 100 + shift + 0.02],
                         }
                         for i, lang in enumerate(langs, 1)
                     },
                 }
-            },
+                for vs in baselines
+                for model in ("start", ours)
+                if model != vs
+                for shift in [0 if vs == "start" else 0.1]
+            ],
         },
     )
     meta = {"seconds": 12.5, "peak_memory_mb": 345, "counts": {}, "arguments": {}}
@@ -238,6 +245,65 @@ def test_every_part_shows_the_numbers_of_the_stages(report, tmp_path):
     assert "MRR@10 0.81, at the end 0.62" in section(text, "Training")
 
 
+def test_each_baseline_has_its_columns_and_its_clause(report, tmp_path):
+    """Only tests of the last model: the metrics also hold one of start against bm25."""
+    text = section(make_report(report, make_run(tmp_path, baselines=("start", "bm25"))), "Scores by language")
+    header = row(text, "language")
+    assert header[5:11] == ["`model` - `start`", "95% interval", "p", "`model` - `bm25`", "95% interval", "p"]
+    assert [name.split(":")[0] for name in header[11:]] == ["paper"] * 3
+    assert row(text, "Telugu (te)")[5:11] == [
+        "+2.0",
+        "+0.0 to +4.0",
+        "0.200",
+        "+12.0",
+        "+10.0 to +14.0",
+        "0.200",
+    ]
+    assert row(text, "**avg of 4**")[5:11] == [
+        "+2.5",
+        "+1.5 to +3.5",
+        "**0.012**",
+        "+12.5",
+        "+11.5 to +13.5",
+        "0.112",
+    ]
+    assert (
+        "Ours is 2.5 nDCG@10 above start on average: better in 4 of 4 languages; "
+        "12.5 nDCG@10 above bm25 on average: better in 4 of 4 languages"
+    ) in text
+    recall = text[text.index("### Recall") :]
+    assert "interval" not in recall
+
+
+def test_a_single_language_has_its_own_p_and_the_average_the_corrected_one(report, tmp_path):
+    text = make_report(report, make_run(tmp_path, langs=("ja",)))
+    assert row(text, "Japanese (ja)")[7] == "**0.030**" and row(text, "**avg of 1**")[7] == "**0.012**"
+
+
+def test_without_a_baseline_the_title_gives_the_scores(report, tmp_path):
+    text = section(make_report(report, make_run(tmp_path, baselines=())), "Scores by language")
+    assert "bm25: 40.0, model: 52.5 nDCG@10 on average" in text and "95% interval" not in text
+
+
+def test_metrics_of_an_earlier_version_are_told(report, tmp_path):
+    from common import DataError
+
+    run = make_run(tmp_path)
+    metrics = json.loads((run / "eval/metrics.json").read_text("utf-8"))
+    write(run / "eval/metrics.json", metrics | {"tests": {"model": {"vs": "start"}}})
+    with pytest.raises(DataError, match="metrics.json: made by an earlier 06_eval.py; run it again"):
+        make_report(report, run)
+
+
+def test_bars_of_many_models_all_look_different(report):
+    from matplotlib.figure import Figure
+
+    axis = Figure().subplots()
+    report.draw_bars(axis, ["th", "avg"], {str(i): [i, i] for i in range(6)}, "%")
+    looks = {(bars[0].get_facecolor(), bars[0].get_hatch()) for bars in axis.containers}
+    assert len(looks) == 6 and not axis.containers[-1][0].get_hatch()
+
+
 def test_figures_are_drawn_without_missing_glyphs_and_not_blank(report, tmp_path):
     from matplotlib import image
 
@@ -297,6 +363,15 @@ def test_the_stand_in_and_the_judged_pool_are_named_at_the_top_and_in_captions(r
     assert "JUDGED POOL of 5" in text.split("\n## ")[0] and re.search(
         r"^\*.*judged pool.*\*$", section(text, "Scores"), re.M
     )
+
+
+@pytest.mark.parametrize("stage", ["filtered", "augmented"])
+def test_the_stand_in_is_named_also_where_it_did_one_of_the_two_stages(report, tmp_path, stage):
+    run = make_run(tmp_path, llm="gpt-4o")
+    path = run / f"{stage}.jsonl.meta.json"
+    meta = json.loads(path.read_text("utf-8"))
+    write(path, meta | {"arguments": {"llm": "offline-stand-in"}})
+    assert "offline stand-in" in make_report(report, run).split("\n## ")[0]
 
 
 def test_lang_and_limit_change_what_is_shown(report, tmp_path):

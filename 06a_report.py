@@ -286,8 +286,6 @@ def notes(found):
             "**The offline stand-in judged and wrote here**: text matching (`offline_llm.py`), no language "
             "model. What was removed, generated and learned shows that the pipeline works; it says nothing "
             "about the method with a real model.")
-    if settings.get("pool") == "judged":
-        said["on a judged pool, not the corpus"] = f"**Scores are on a {settings['pool_note']}.**"
     if settings.get("limit"):
         first = f"the first {settings['limit']} queries of a language"
         said[first] = f"**Only {first} were evaluated.**"

@@ -62,7 +62,6 @@ def make_run(
                 "limit": None,
                 "baselines": list(baselines),
                 "zero_shot": ["yo"] if "yo" in langs else [],
-                "pool": "full",
             }
             | settings,
             "models": rows,
@@ -331,7 +330,7 @@ def test_a_long_title_and_note_stay_inside_the_figure(report, tmp_path, monkeypa
 
     title = "Ours is 12.3 nDCG@10 above the encoder it was trained from: better in 16 of 16 languages"
     title = f"{title}, {title}"
-    note = "(judged by text matching; on a judged pool, not the whole corpus)"
+    note = "(judged by text matching; only the first 5 queries of a language)"
     monkeypatch.setattr(Figure, "savefig", checked)
     assert report.save_figure(lambda found, axis: title, {}, tmp_path / "figure.png", note) == title
     assert (tmp_path / "figure.png").exists()
@@ -351,18 +350,15 @@ def test_the_papers_columns_are_of_the_backbone_and_called_a_reference(report, t
     assert "paper: Ours BGE |" in scores("other", "models/sample")
 
 
-def test_the_stand_in_and_the_judged_pool_are_named_at_the_top_and_in_captions(report, tmp_path):
+def test_the_stand_in_and_a_limit_are_named_at_the_top_and_in_captions(report, tmp_path):
     text = make_report(report, make_run(tmp_path / "a"))
     assert "offline stand-in" in text.split("\n## ")[0]
     for heading in ("Scores", "False negatives", "Training"):
         assert re.search(r"^\*.*offline stand-in.*\*$", section(text, heading), re.M), heading
-    text = make_report(
-        report, make_run(tmp_path / "b", llm="gpt-4o", pool="judged", pool_note="JUDGED POOL of 5")
-    )
+    text = make_report(report, make_run(tmp_path / "b", llm="gpt-4o", limit=5))
     assert "stand-in" not in text
-    assert "JUDGED POOL of 5" in text.split("\n## ")[0] and re.search(
-        r"^\*.*judged pool.*\*$", section(text, "Scores"), re.M
-    )
+    assert "first 5 queries of a language were evaluated" in text.split("\n## ")[0]
+    assert re.search(r"^\*.*first 5 queries.*\*$", section(text, "Scores"), re.M)
 
 
 @pytest.mark.parametrize("stage", ["filtered", "augmented"])

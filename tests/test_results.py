@@ -52,6 +52,7 @@ def test_the_readmes_table_has_bm25_the_start_and_the_path_from_naive_to_full():
         "naive, filtered",
         "naive, filtered, brought to N (no stage 3)",
         "full method",
+        "full method, languages by share^0.5",
     ]
     full = next(row for row in results.load("ablations")["ablations"] if row["name"] == "full method")
     assert f"**{full['ndcg@10']:.1f}**" in rows[5] and f"{full['to_naive']['diff']:+.1f} [" in rows[5]

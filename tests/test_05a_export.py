@@ -25,7 +25,10 @@ def topics(tmp_path):
             positives = [passage("p0", f"{text} p0"), passage("p1", f"{text} P1", "")]
             if lang == "th":
                 negatives[1]["text"] = f"{text}  p1"  # a positive's text, but for case and white space
-                negatives += [passage("p0", f"{text} p0"), passage("n9", f"{text.upper()}  n0", "other title")]
+                negatives += [
+                    passage("p0", f"{text} p0"),
+                    passage("n9", f"{text.upper()}  n0", "other title"),
+                ]
             records.append(
                 {
                     "query_id": str(q),
@@ -140,7 +143,11 @@ def test_documents_of_a_title_alone_are_told_apart(tmp_path):
         "lang": "fi",
         "query": "?",
         "positive_passages": [passage("p", "", "Turku")],
-        "negative_passages": [passage("n0", "", "Oulu"), passage("n1", "", "Pori"), passage("n2", "", "TURKU")],
+        "negative_passages": [
+            passage("n0", "", "Oulu"),
+            passage("n1", "", "Pori"),
+            passage("n2", "", "TURKU"),
+        ],
     }
     path.write_text(json.dumps(record) + "\n", "utf-8")
     lines, _ = exported(path, "flagembedding")
@@ -162,8 +169,14 @@ def test_sentence_transformers_trains_a_step_on_its_export(topics, tmp_path):
     model = SentenceTransformer(sentence_transformer(tmp_path / "model", words), device="cpu")
     before = [parameter.clone() for parameter in model.parameters()]
     arguments = Arguments(
-        output_dir=str(tmp_path / "out"), max_steps=1, per_device_train_batch_size=3, learning_rate=1e-2,
-        report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
+        output_dir=str(tmp_path / "out"),
+        max_steps=1,
+        per_device_train_batch_size=3,
+        learning_rate=1e-2,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
     )
     trainer = SentenceTransformerTrainer(
         model, arguments, train_dataset=data, loss=losses.MultipleNegativesRankingLoss(model)

@@ -188,7 +188,7 @@ def beir(args, root, counts):
     qrels = {split: find(root / f"qrels/{split}.tsv", need=False) for split in ("train", "dev")}
     if not qrels["dev"]:
         qrels["dev"] = find(root / "qrels/test.tsv", need=not qrels["train"])
-        say(f"{root}: no qrels/dev.tsv, so dev is qrels/test.tsv")
+        say(f"{root}: no qrels/dev.tsv, so dev is {'qrels/test.tsv' if qrels['dev'] else 'empty'}")
     judged = {split: (topics, path) for split, path in qrels.items() if path}
     part = partial(read_corpora, {args.lang[0]: [corpus]}, "_id"), partial(read_judged, args.lang[0], judged)
     return [corpus, topics, *filter(None, qrels.values())], [part]
@@ -284,7 +284,8 @@ def tevatron(args, root, counts):
     def passages():
         for where, _, record in records():
             for passage in record["positive_passages"] + record["negative_passages"]:
-                yield where, record["lang"], passage
+                if record["lang"] in langs:
+                    yield where, record["lang"], passage
 
     def queries():
         for where, split, record in records():
@@ -293,7 +294,8 @@ def tevatron(args, root, counts):
                 if passage.get("source") == "human":
                     judgments.setdefault(passage["docid"], 0)
             in_dev = first_id[record["lang"]][normalise(record["query"])] in held
-            yield where, "dev" if in_dev else split, record, judgments
+            if record["lang"] in langs:
+                yield where, "dev" if in_dev else split, record, judgments
 
     files = [path for _, path in splits] + sum(corpora.values(), [])
     return files, [(partial(read_corpora, corpora) if corpora else passages, queries)]
@@ -303,8 +305,9 @@ def read_records(splits, args):
     """Yield (where, split, record) of Tevatron's records, or FlagEmbedding's, whose passages are texts."""
     for split, path in splits:
         for where, record in read(path):
-            if "positive_document_ids" in record:
-                raise DataError(f"{where}: positive_document_ids have no texts; want positive_passages")
+            if not {"positive_passages", "pos"} & record.keys():
+                raise DataError(f"{where}: {' '.join(record)}: neither positive_passages (Tevatron's) nor pos "
+                                "(FlagEmbedding's); positive_document_ids have no texts")
             if "pos" in record:
                 record.setdefault("query_id", where.rpartition(":")[2])
             if len(args.lang or ()) == 1:
@@ -315,8 +318,7 @@ def read_records(splits, args):
                     passages = [with_docid(passage, where, args.docids_from_texts) for passage in passages]
                 record[name] = passages
             check_query(record, where)
-            if record["lang"] in (args.lang or [record["lang"]]):
-                yield where, split, record
+            yield where, split, record
 
 
 def with_docid(passage, where, from_text):
@@ -408,8 +410,10 @@ class Collection:
                 passages[docid] = {"docid": docid, "title": "", **passage}
         count["negatives that their query has already"] += len(own) - len({p["docid"] for p in own})
         positives = [passages.pop(docid) for docid in self.positives(found)]
-        twins = [docid for docid in passages if hash((lang, normalise(record["query"]), docid)) in answers]
-        count["negatives that answer the same question under another id"] += len(twins)
+        texts = {text_key(passage) for passage in positives}
+        twins = [docid for docid, passage in passages.items() if text_key(passage) in texts
+                 or hash((lang, normalise(record["query"]), docid)) in answers]
+        count["negatives with a positive's text, or that answer the question under another id"] += len(twins)
         negatives = [passage | ({"source": "human"} if docid in found else {})
                      for docid, passage in passages.items() if docid not in twins]
         if not positives:

@@ -73,7 +73,7 @@ def article(docid, args):
 def check_articles(records, args):
     """--exclude-same-article can do nothing for positives whose docid does not tell the article."""
     docids = [passage["docid"] for record in records for passage in record["positive_passages"]]
-    without = [docid for docid in docids if args.article_separator not in docid]
+    without = [docid for docid in docids if not args.article_separator or args.article_separator not in docid]
     if without:
         told = (f"--exclude-same-article: {len(without)} of {len(docids)} positives, such as {without[0]!r}, "
                 f"have no {args.article_separator!r} in their docid")
@@ -83,7 +83,7 @@ def check_articles(records, args):
 
 
 def answers(records):
-    """{question: positives of all queries that ask it}: under another id, its positives are still relevant."""
+    """{question: positives of all queries that ask it}, whatever their ids."""
     found = defaultdict(list)
     for record in records:
         found[normalise(record["query"])] += record["positive_passages"]
@@ -91,7 +91,7 @@ def answers(records):
 
 
 def allowed(question, positives, hits, passages, depth, args):
-    """(candidates, left out): the first `depth` hits that may be candidates, and {why: n} of others above them.
+    """(candidates, left out): the first `depth` hits that may be candidates, {why: n} of others above them.
 
     A positive is known by docid or text. A document may be the query itself, as in BEIR's ArguAna.
     """

@@ -306,8 +306,8 @@ def read_records(splits, args):
     for split, path in splits:
         for where, record in read(path):
             if not {"positive_passages", "pos"} & record.keys():
-                raise DataError(f"{where}: {' '.join(record)}: neither positive_passages (Tevatron's) nor pos "
-                                "(FlagEmbedding's); positive_document_ids have no texts")
+                raise DataError(f"{where}: {' '.join(record)}: neither positive_passages (Tevatron) nor pos "
+                                "(FlagEmbedding); positive_document_ids have no texts")
             if "pos" in record:
                 record.setdefault("query_id", where.rpartition(":")[2])
             if len(args.lang or ()) == 1:

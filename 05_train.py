@@ -19,14 +19,15 @@ import shutil
 import sys
 import time
 from collections import Counter, defaultdict
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from common import (DataError, Output, Parser, atomic, atomic_folder, dump, normalise, numbered_queries,
-                    parse_query, positive_float, positive_int, progress, run, say, share, text_key)
+                    parse_query, positive_float, positive_int, progress, read_lines, run, say, share,
+                    text_key)
 from encoder import encoder_flags, from_flags
 from search import gather, world
 
@@ -88,9 +89,10 @@ def read_index(args):
     if args.input.endswith(".gz"):
         raise DataError(f"{args.input}: records are read by offset, which gzip does not allow; gunzip it")
     queries = []
-    for where, offset, record in numbered_queries(args.input, args.lang, args.limit):
+    starts = [0, *accumulate(len(line) for _, line in read_lines(args.input, blank=True))]
+    for number, record in numbered_queries(args.input, args.lang, args.limit):
         key = record["lang"], record["query_id"]
-        where = f"{where}: query {key[1]!r} ({key[0]})"
+        where = f"{args.input}:{number}: query {key[1]!r} ({key[0]})"
         topic = record.get("topic", 0 if args.topic_power == 1 else None)
         n_negatives = len(record.get("negative_passages", []))
         if n_negatives < args.negatives:
@@ -100,7 +102,7 @@ def read_index(args):
             raise DataError(f"{where}: 'topic' is {json.dumps(topic)[:40]}, want a whole number; make it "
                             "with 04_cluster_topics.py, or drop it and pass --topic-power 1")
         marks = [normalise(record["query"]), *((key[0], p["docid"]) for p in record["positive_passages"])]
-        queries.append(Query(*key, topic, offset, tuple(map(hash, marks))))
+        queries.append(Query(*key, topic, starts[number - 1], tuple(map(hash, marks))))
     return queries
 
 

@@ -121,8 +121,7 @@ def peak_mb():
     """The most memory this process has held; ru_maxrss alone may be that of the process that started it."""
     status = Path("/proc/self/status")
     own = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    kilobytes = int(own[1]) if own else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes >> 10
+    return (int(own[1]) if own else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) >> 10
 
 
 # --------------------------------------------------------------------------- lines, records, corpus
@@ -217,24 +216,16 @@ def parse_query(path, number, line, lang=None):
 
 
 def read_queries(path, lang=None, limit=None, need=()):
-    """Yield the records of a file of training queries, in order; DataError at the first bad one.
-
-    lang keeps these languages, limit the first so many of each; need lists further fields that must be there.
-    """
-    return (record for _, _, record in numbered_queries(path, lang, limit, need))
+    """Yield the records of a file of training queries; need lists further fields that must be there."""
+    return (record for _, record in numbered_queries(path, lang, limit, need))
 
 
 def numbered_queries(path, lang=None, limit=None, need=()):
-    """Yield (where, offset in bytes, record) of what read_queries reads."""
+    """Yield (line number, record) of these languages, `limit` of each; DataError at the first bad record."""
     texts = sqlite3.connect(":memory:", isolation_level=None)  # 40 bytes a docid, where a dict takes 150
     texts.execute("CREATE TABLE texts (docid INTEGER PRIMARY KEY, text INTEGER, number INTEGER)")
     seen = defaultdict(set)
-    end = 0
-    for number, line in read_lines(path, blank=True):
-        start = end
-        end += len(line)
-        if not line.strip():
-            continue
+    for number, line in read_lines(path):
         record = parse_query(path, number, line, lang)
         of_lang, query_id = record["lang"], record["query_id"]
         if lang and of_lang not in lang or len(seen[of_lang]) == limit:
@@ -252,7 +243,7 @@ def numbered_queries(path, lang=None, limit=None, need=()):
             if text != row[1]:
                 raise DataError(f"{where}: docid {passage['docid']!r} has another text at {path}:{first}; "
                                 "make new docids: 00_prepare_data.py --source tevatron --docids-from-texts")
-        yield where, start, record
+        yield number, record
     if not seen:
         raise DataError(f"{path}: no queries in {' '.join(lang or ['it'])}; check the file and --lang")
 

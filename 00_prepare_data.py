@@ -28,8 +28,8 @@ from hashlib import blake2b
 from pathlib import Path
 
 from common import (DataError, Output, Parser, atomic_folder, check_passage, check_query, check_text,
-                    corpus_files, digest_file, dump, normalise, parse_line, passage_text, positive_int,
-                    progress, read_json, read_lines, run, say, text_key)
+                    corpus_files, digest_file, dump, normalise, parse_line, positive_int, progress,
+                    read_json, read_lines, run, say, text_key)
 
 SAMPLE = Path(__file__).resolve().parent / "sample" / "data"
 PARTS = ("corpus", "qrels", "train.jsonl", "dev.jsonl")  # of OUT; other files in it are left alone
@@ -357,13 +357,14 @@ class Collection:
                 raise DataError(f"{where}: query {record['query_id']!r} is there twice; drop one")
             asked.add((split, lang, record["query_id"]))
             in_dev.update([(lang, question)] * (split == "dev"))
-            judged.update((lang, docid) for docid in judgments)
+            if "positive_passages" not in record:  # else it brings its passages
+                judged.update((lang, docid) for docid in judgments)
             answers.update(hash((lang, question, docid)) for docid in self.positives(judgments))
-        kept = self.add_passages(passages, judged)
+        texts, kept = self.add_passages(passages, judged)
         for where, split, record, judgments in queries():
             lang, question = record["lang"], normalise(record["query"])
             if split == "dev" or self.counts[lang]["train"] != self.args.limit:
-                self.add_query(where, split, record, judgments, kept, answers)
+                self.add_query(where, split, record, judgments, texts, kept, answers)
                 if split == "train" and (lang, question) in in_dev:
                     self.counts[lang]["train queries with the same text as a dev query"] += 1
 
@@ -371,40 +372,38 @@ class Collection:
         return [docid for docid, grade in judgments.items() if grade >= self.args.min_relevance]
 
     def add_passages(self, passages, judged):
-        """Write the corpora; give back {(lang, docid): passage} of the judged; memory has hashes of all."""
-        kept, texts = {}, {}
+        """Write the corpora; give back {hash of (lang, docid): that of the text} and the judged passages."""
+        texts, kept = {}, {}
         for where, lang, passage in progress(passages(), desc="passages", unit=""):
             if not f"{passage.get('title', '')}{passage.get('text', 'missing')}".strip():
                 self.counts[lang]["empty passages"] += 1
                 continue
             check_passage(passage, where)
             key = lang, passage["docid"]
-            text = hash(normalise(passage_text(passage)))
-            if hash(key) in texts:
-                if texts[hash(key)] != text:
-                    first = next(at for at, other, p in passages() if (other, p["docid"]) == key)
-                    remedy = ", or take --docids-from-texts" if self.args.source == "tevatron" else ""
-                    raise DataError(f"{where}: docid {key[1]!r} has another text at {first}; "
-                                    f"rename one{remedy}")
-                continue
-            texts[hash(key)] = text
-            passage = {"docid": key[1], "title": passage.get("title", ""), "text": passage["text"]}
-            if key in judged:
-                kept[key] = passage
-            self.counts[lang]["passages"] += 1
-            self.write(f"corpus/{lang}.jsonl", dump(passage))
-        return kept
+            text = hash(text_key(passage))
+            if hash(key) not in texts:
+                texts[hash(key)] = text
+                self.counts[lang]["passages"] += 1
+                passage = {"docid": key[1], "title": passage.get("title", ""), "text": passage["text"]}
+                self.write(f"corpus/{lang}.jsonl", dump(passage))
+                if key in judged:
+                    kept[key] = passage
+            elif texts[hash(key)] != text:
+                first = next(at for at, other, p in passages() if (other, p["docid"]) == key)
+                remedy = ", or take --docids-from-texts" if self.args.source == "tevatron" else ""
+                raise DataError(f"{where}: docid {key[1]!r} has another text at {first}; rename one{remedy}")
+        return texts, kept
 
-    def add_query(self, where, split, record, judgments, kept, answers):
+    def add_query(self, where, split, record, judgments, texts, kept, answers):
         lang, query_id, count = record["lang"], record["query_id"], self.counts[record["lang"]]
-        found = {docid: grade for docid, grade in judgments.items() if (lang, docid) in kept}
+        found = {docid: grade for docid, grade in judgments.items() if hash((lang, docid)) in texts}
         lost = "judgments of passages not in the corpus (left out of the metrics)"
         count[lost] += len(judgments) - len(found)
-        passages = {docid: kept[lang, docid] for docid in found}
+        passages = {docid: kept[lang, docid] for docid in found if (lang, docid) in kept}
         own = record.get("negative_passages", []) + record.get("positive_passages", [])  # a positive wins
         for passage in own:
-            docid = passage["docid"]
-            if docid in found and text_key(passage) != text_key(passages[docid]):
+            docid, text = passage["docid"], hash(text_key(passage))
+            if texts.get(hash((lang, docid)), text) != text:
                 raise DataError(f"{where}: docid {docid!r} has another text in the corpus; rename one")
             if docid in found or docid not in judgments:  # with its own fields; unjudged ones too
                 passages[docid] = {"docid": docid, "title": "", **passage}

@@ -7,8 +7,8 @@ Reads   sample    sample/data beside this script
                   copies: ROOT/miracl-corpus/miracl-corpus-v1.0-LANG/, ROOT/miracl/miracl-v1.0-LANG/
         beir      ROOT/corpus.jsonl, queries.jsonl, qrels/train.tsv, dev.tsv (else test.tsv); --lang CODE
         squad     ROOT/*.LANG.json: its paragraphs are the corpus, a tenth of its articles is dev
-        tevatron  ROOT/train.jsonl, dev.jsonl (else a tenth of the queries), corpus.jsonl (else the passages
-                  of the records), or ROOT a JSONL file; FlagEmbedding's records (query, pos, neg) as well
+        tevatron  ROOT/train.jsonl, dev.jsonl (else a tenth of the queries), corpus.jsonl or corpus/LANG.jsonl
+                  (else the records' passages), or ROOT a JSONL file; also FlagEmbedding's (query, pos, neg)
         Any may be gzipped. Where neither file nor record names the language, --lang CODE does.
 Writes  OUT/corpus/LANG.jsonl        {docid, title, text}
         OUT/train.jsonl, dev.jsonl   {query_id, lang, query, positive_passages, negative_passages}
@@ -263,7 +263,7 @@ def has_answer(question):
 
 
 def tevatron(args, root, counts):
-    """Records with corpus.jsonl or without; the sample has a corpus for each language."""
+    """Records with corpus.jsonl, with a corpus/ for each language, or with neither."""
     train = root if root.is_file() else find(root / "train.jsonl")
     dev, corpus = (find(root / f"{name}.jsonl", need=False) for name in ("dev", "corpus"))
     splits = [("train", train)] + [("dev", dev)] * bool(dev)
@@ -278,7 +278,7 @@ def tevatron(args, root, counts):
         raise DataError(f"--docids-from-texts: docids are those of {corpus}; leave one of them out")
     held = {} if dev else held_out({lang: first_id[lang].values() for lang in langs}, args.seed, "queries")
     corpora = {lang: [corpus] for lang in langs if corpus}
-    if args.source == "sample":
+    if (root / "corpus").is_dir():  # of the sample, or what this script wrote
         corpora = {lang: corpus_files(root, lang) for lang in langs}
 
     def passages():
@@ -322,9 +322,8 @@ def read_records(splits, args):
 
 
 def with_docid(passage, where, from_text):
-    if isinstance(passage, str):
-        passage = {"text": passage}
-    if isinstance(passage, dict) and (from_text or "docid" not in tidy(passage, where)):
+    passage = {"text": passage} if isinstance(passage, str) else passage
+    if isinstance(passage, dict) and ("docid" not in tidy(passage, where) or from_text):
         text = normalise(f"{passage.get('title', '')}\n{passage.get('text')}")
         passage["docid"] = blake2b(text.encode(), digest_size=8).hexdigest()
     return passage
@@ -339,14 +338,17 @@ class Collection:
     """The folder that is being written; counts: {lang: Counter} of what is in it and of what was left out."""
 
     def __init__(self, folder, args, counts, files):
-        self.folder, self.args, self.counts = folder, args, counts
-        self.files, self.open = files, {}  # ExitStack that closes what is opened; {name: file}
+        self.folder = folder
+        self.args = args
+        self.counts = counts
+        self.files = files  # an ExitStack, which closes what is opened
+        self.open = {}      # {name: file}
 
     def write(self, name, line):
+        path = self.folder / name
         if name not in self.open:
-            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            file = open(self.folder / name, "w", encoding="utf-8", newline="\n")
-            self.open[name] = self.files.enter_context(file)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.open[name] = self.files.enter_context(open(path, "w", encoding="utf-8", newline="\n"))
         self.open[name].write(line)
 
     def add_part(self, passages, queries):
@@ -395,7 +397,8 @@ class Collection:
         return texts, kept
 
     def add_query(self, where, split, record, judgments, texts, kept, answers):
-        lang, query_id, count = record["lang"], record["query_id"], self.counts[record["lang"]]
+        lang = record["lang"]
+        count = self.counts[lang]
         found = {docid: grade for docid, grade in judgments.items() if hash((lang, docid)) in texts}
         lost = "judgments of passages not in the corpus (left out of the metrics)"
         count[lost] += len(judgments) - len(found)
@@ -420,11 +423,11 @@ class Collection:
             return
         count[split] += 1
         count["positives"] += len(positives)
-        line = {"query_id": query_id, "lang": lang, "query": record["query"], "positive_passages": positives,
-                "negative_passages": negatives}
-        self.write(f"{split}.jsonl", dump(line | {key: record[key] for key in record if key not in line}))
+        record = dict.fromkeys(("query_id", "lang", "query")) | record  # those come first
+        record |= {"positive_passages": positives, "negative_passages": negatives}
+        self.write(f"{split}.jsonl", dump(record))
         for docid, grade in found.items():
-            self.write(f"qrels/{split}/{lang}.tsv", f"{query_id}\t0\t{docid}\t{grade}\n")
+            self.write(f"qrels/{split}/{lang}.tsv", f"{record['query_id']}\t0\t{docid}\t{grade}\n")
 
 
 def digests(folder):

@@ -1,7 +1,4 @@
-"""The interface of the stages: command line, errors, records, and outputs that are finished or not there.
-
-Records are checked when they are read; a `.meta.json` beside an output says what it was made from.
-"""
+"""The interface of the stages: command line, errors, checked records, outputs finished or not there."""
 import argparse
 import contextlib
 import gzip
@@ -227,13 +224,13 @@ def numbered_queries(path, lang=None, limit=None, need=()):
     seen = defaultdict(set)
     for number, line in read_lines(path):
         record = parse_query(path, number, line, lang)
-        of_lang, query_id = record["lang"], record["query_id"]
+        where = f"{path}:{number}"
+        of_lang = record["lang"]
         if lang and of_lang not in lang or len(seen[of_lang]) == limit:
             continue
-        where = f"{path}:{number}"
-        if hash(query_id) in seen[of_lang]:
-            raise DataError(f"{where}: query {query_id!r} ({of_lang}) is there twice; drop one")
-        seen[of_lang].add(hash(query_id))
+        if hash(record["query_id"]) in seen[of_lang]:
+            raise DataError(f"{where}: query {record['query_id']!r} ({of_lang}) is there twice; drop one")
+        seen[of_lang].add(hash(record["query_id"]))
         for key in sorted(set(need) - record.keys()):
             raise DataError(f"{where}: no {key!r}; run the stages before this one, see README")
         for passage in [passage for key in LISTS for passage in record.get(key, ())]:

@@ -7,8 +7,8 @@ Reads   sample    sample/data beside this script
                   copies: ROOT/miracl-corpus/miracl-corpus-v1.0-LANG/, ROOT/miracl/miracl-v1.0-LANG/
         beir      ROOT/corpus.jsonl, queries.jsonl, qrels/train.tsv, dev.tsv (else test.tsv); --lang CODE
         squad     ROOT/*.LANG.json: its paragraphs are the corpus, a tenth of its articles is dev
-        tevatron  ROOT/train.jsonl, dev.jsonl (else a tenth of the queries), corpus.jsonl (else the passages
-                  of the records), or ROOT a JSONL file; FlagEmbedding's records (query, pos, neg) as well
+        tevatron  ROOT/train.jsonl, dev.jsonl (else a tenth of the queries), corpus.jsonl or corpus/LANG.jsonl
+                  (else the records' passages), or ROOT a JSONL file; also FlagEmbedding's (query, pos, neg)
         Any may be gzipped. Where neither file nor record names the language, --lang CODE does.
 Writes  OUT/corpus/LANG.jsonl        {docid, title, text}
         OUT/train.jsonl, dev.jsonl   {query_id, lang, query, positive_passages, negative_passages}
@@ -28,8 +28,8 @@ from hashlib import blake2b
 from pathlib import Path
 
 from common import (DataError, Output, Parser, atomic_folder, check_passage, check_query, check_text,
-                    corpus_files, digest_file, dump, normalise, parse_line, passage_text, positive_int,
-                    progress, read_json, read_lines, run, say)
+                    corpus_files, digest_file, dump, normalise, parse_line, positive_int, progress,
+                    read_json, read_lines, run, say, text_key)
 
 SAMPLE = Path(__file__).resolve().parent / "sample" / "data"
 PARTS = ("corpus", "qrels", "train.jsonl", "dev.jsonl")  # of OUT; other files in it are left alone
@@ -50,17 +50,16 @@ def build_parser():
 # --------------------------------------------------------------------------- reading
 
 def find(path, need=True):
-    """The file, plain or packed; where there is none an error, or None if there need not be."""
-    for ending in ("", ".gz", ".zst", ".xz", ".bz2", ".zip"):  # read() refuses what is not plain or gzip
-        found = path.with_name(path.name + ending)
-        if found.is_file():
-            return found
-    if need:
+    """The file, plain or packed (read refuses what is not gzip); error or None where there is none."""
+    packed = [path.with_name(path.name + ending) for ending in ("", ".gz", ".zst", ".xz", ".bz2", ".zip")]
+    found = next(filter(Path.is_file, packed), None)
+    if need and not found:
         raise DataError(f"{path} not found; fetch it, --help tells the layout of every source")
+    return found
 
 
 def read(path):
-    """Yield (where, content) of every line: the text of a .tsv, else the JSON object, tidied."""
+    """Yield (where, content) of every line: the cells of a .tsv, else the JSON object, tidied."""
     for number, line in read_lines(path):
         where = f"{path}:{number}"
         try:
@@ -78,8 +77,7 @@ def tidy(record, where):
         if isinstance(record[key], str) and len(record[key].split()) != 1:
             raise DataError(f"{where}: id {record[key]!r} has white space, TREC files cannot have it; rename")
     for key in {"title", "text"} & record.keys():
-        if record[key] is None:
-            record[key] = ""
+        record[key] = "" if record[key] is None else record[key]
     return record
 
 
@@ -95,17 +93,15 @@ def read_corpora(corpora, id_key="docid"):
 def read_judged(lang, files):
     """Yield (where, split, query, judgments) that {split: (topics, qrels)} of MIRACL or BEIR have."""
     for split, (topics_path, qrels_path) in files.items():
-        topics = {}
+        topics = []
         for where, topic in read(topics_path):
             if isinstance(topic, str):
                 topic = tidy(dict(zip(("_id", "text"), topic.split("\t", 1))), where)
-            check_text(topic, "_id", where)
-            check_text(topic, "text", where)
-            if topic["_id"] in topics:
-                raise DataError(f"{where}: query {topic['_id']!r} is there twice; drop one")
-            topics[topic["_id"]] = where, topic["text"]
-        qrels = read_qrels(qrels_path, topics)
-        for query_id, (where, text) in topics.items():
+            for key in ("_id", "text"):
+                check_text(topic, key, where)
+            topics.append((where, topic["_id"], topic["text"]))
+        qrels = read_qrels(qrels_path, {query_id for _, query_id, _ in topics})
+        for where, query_id, text in topics:
             if query_id in qrels:
                 yield where, split, {"query_id": query_id, "lang": lang, "query": text}, qrels[query_id]
 
@@ -131,10 +127,10 @@ def read_qrels(path, queries):
 
 
 def choose_languages(args, available):
-    missing = " ".join(sorted(set(args.lang or []) - set(available)))
+    missing = set(args.lang or available) - set(available)
     if missing or not available:
-        raise DataError(f"{args.root}: no {missing or 'files laid out as --help tells'} there, "
-                        f"but {' '.join(sorted(available)) or 'nothing'}; check --root and --lang")
+        raise DataError(f"{args.root}: no {' '.join(sorted(missing)) or 'files laid out as --help tells'} "
+                        f"there, but {' '.join(sorted(available)) or 'nothing'}; check --root and --lang")
     return sorted(set(args.lang or available))
 
 
@@ -143,8 +139,7 @@ def held_out(keys, seed, what):
     held = set()
     for of_lang in keys.values():
         drawn = sorted(set(of_lang), key=lambda key: (random.Random(f"{seed}:{key}").random(), key))
-        if len(drawn) > 1:
-            held.update(drawn[:max(1, round(len(drawn) / 10))])
+        held.update(drawn[:max(1, round(len(drawn) / 10))] if len(drawn) > 1 else [])
     say(f"{len(held)} of {len(set().union(*keys.values()))} {what} held out as dev")
     return held
 
@@ -189,15 +184,14 @@ def download(name, langs):
 def beir(args, root, counts):
     if len(args.lang or ()) != 1:
         raise DataError("--source beir needs --lang CODE, the one language of the collection (ISO 639-1)")
-    lang, = args.lang
     corpus, topics = find(root / "corpus.jsonl"), find(root / "queries.jsonl")
     qrels = {split: find(root / f"qrels/{split}.tsv", need=False) for split in ("train", "dev")}
     if not qrels["dev"]:
         qrels["dev"] = find(root / "qrels/test.tsv", need=not qrels["train"])
-        say(f"{root}: no qrels/dev.tsv, so dev is qrels/test.tsv")
+        say(f"{root}: no qrels/dev.tsv, so dev is {'qrels/test.tsv' if qrels['dev'] else 'empty'}")
     judged = {split: (topics, path) for split, path in qrels.items() if path}
-    files = [corpus, topics, *(path for path in qrels.values() if path)]
-    return files, [(partial(read_corpora, {lang: [corpus]}, "_id"), partial(read_judged, lang, judged))]
+    part = partial(read_corpora, {args.lang[0]: [corpus]}, "_id"), partial(read_judged, args.lang[0], judged)
+    return [corpus, topics, *filter(None, qrels.values())], [part]
 
 
 def squad(args, root, counts):
@@ -208,26 +202,26 @@ def squad(args, root, counts):
             raise DataError(f"{path}: want NAME.CODE.json[.gz]; rename or unpack it, or pass --lang CODE")
         files[named[1] if named else args.lang[0]].append(path)
     langs = choose_languages(args, files)
-    paragraphs, articles, asked, article_with = {}, defaultdict(list), [], {}
+    corpus, asked, article_of = {}, [], {}
     for lang in langs:
         for where, article, passage, questions in read_squad(files[lang]):
-            for question in questions:
-                if not question["id"].isdecimal():  # elsewhere, the same id tells of a translation
-                    article = article_with.setdefault(question["id"], article)
-            # a paragraph that two articles share belongs to the first: no passage is in both train and dev
-            known = paragraphs.setdefault((lang, normalise(passage["text"])), (where, lang, passage, article))
+            # of articles that share a paragraph or, as translations do, a question's id, the first counts for
+            # both: nothing is in train and in dev (ids that are numbers may be of any question)
+            names = [question["id"] for question in questions if not question["id"].isdecimal()]
+            names.append((lang, normalise(passage["text"])))
+            article = next((article_of[name] for name in names if name in article_of), article)
+            article_of |= dict.fromkeys(names, article)
+            _, _, passage = corpus.setdefault(names[-1], (where, lang, passage))
             for question in questions:
                 if has_answer(question):
                     query = {"query_id": question["id"], "lang": lang, "query": question["question"]}
-                    asked.append((where, known[3], query, {known[2]["docid"]: 1}))
-                    articles[lang].append(known[3])
+                    asked.append((article, where, query, {passage["docid"]: 1}))
                 else:
                     counts[lang]["unanswerable questions"] += 1
+    articles = {lang: [article for article, _, query, _ in asked if query["lang"] == lang] for lang in langs}
     held = held_out(articles, args.seed, "articles")
-    corpus = [known[:3] for known in paragraphs.values()]
-    queries = [(where, "dev" if article in held else "train", query, judgments)
-               for where, article, query, judgments in asked]
-    return sum((files[lang] for lang in langs), []), [(partial(iter, corpus), partial(iter, queries))]
+    queries = [(where, "dev" if article in held else "train", *query) for article, where, *query in asked]
+    return sum((files[lang] for lang in langs), []), [(corpus.values, queries.copy)]
 
 
 def read_squad(paths):
@@ -269,32 +263,29 @@ def has_answer(question):
 
 
 def tevatron(args, root, counts):
-    """Records with corpus.jsonl or without; the sample has a corpus for each language."""
-    splits = {"train": root if root.is_file() else find(root / "train.jsonl")}
+    """Records with corpus.jsonl, with a corpus/ for each language, or with neither."""
+    train = root if root.is_file() else find(root / "train.jsonl")
     dev, corpus = (find(root / f"{name}.jsonl", need=False) for name in ("dev", "corpus"))
-    if dev:
-        splits["dev"] = dev
-
-    def records():
-        for split, path in splits.items():
-            for where, record in read_records(path, args):
-                yield where, split, record
-
-    first_id = defaultdict(dict)  # {lang: {query: query_id}}: a question under several ids is held out by one
+    splits = [("train", train)] + [("dev", dev)] * bool(dev)
+    records = partial(read_records, splits, args)
+    first_id = defaultdict(dict)  # {lang: {question: query_id}}: under several ids it is held out by one
     for _, _, record in records():
         first_id[record["lang"]].setdefault(normalise(record["query"]), record["query_id"])
     langs = choose_languages(args, first_id)
     if corpus and len(langs) > 1:
         raise DataError(f"{corpus}: one corpus has one language, not {' '.join(langs)}; choose with --lang")
+    if corpus and args.docids_from_texts:
+        raise DataError(f"--docids-from-texts: docids are those of {corpus}; leave one of them out")
     held = {} if dev else held_out({lang: first_id[lang].values() for lang in langs}, args.seed, "queries")
     corpora = {lang: [corpus] for lang in langs if corpus}
-    if args.source == "sample":
+    if (root / "corpus").is_dir():  # of the sample, or what this script wrote
         corpora = {lang: corpus_files(root, lang) for lang in langs}
 
     def passages():
         for where, _, record in records():
             for passage in record["positive_passages"] + record["negative_passages"]:
-                yield where, record["lang"], passage
+                if record["lang"] in langs:
+                    yield where, record["lang"], passage
 
     def queries():
         for where, split, record in records():
@@ -303,36 +294,36 @@ def tevatron(args, root, counts):
                 if passage.get("source") == "human":
                     judgments.setdefault(passage["docid"], 0)
             in_dev = first_id[record["lang"]][normalise(record["query"])] in held
-            yield where, "dev" if in_dev else split, record, judgments
+            if record["lang"] in langs:
+                yield where, "dev" if in_dev else split, record, judgments
 
-    files = [*splits.values(), *sum(corpora.values(), [])]
+    files = [path for _, path in splits] + sum(corpora.values(), [])
     return files, [(partial(read_corpora, corpora) if corpora else passages, queries)]
 
 
-def read_records(path, args):
-    """Yield (where, record) of Tevatron's records, or FlagEmbedding's, whose passages are texts."""
-    for where, record in read(path):
-        if "positive_document_ids" in record:
-            raise DataError(f"{where}: positive_document_ids have no texts; want positive_passages")
-        if "pos" in record:
-            record["query_id"] = where.rpartition(":")[2]
-        if "lang" not in record and len(args.lang or ()) != 1:
-            raise DataError(f"{where}: no 'lang'; name the file's language with --lang CODE")
-        record.setdefault("lang", (args.lang or [None])[0])
-        for name, of_flagembedding in (("positive_passages", "pos"), ("negative_passages", "neg")):
-            passages = record.pop(of_flagembedding, record.get(name, []))
-            if isinstance(passages, list):
-                passages = [with_docid(passage, where, args.docids_from_texts) for passage in passages]
-            record[name] = passages
-        check_query(record, where)
-        if record["lang"] in (args.lang or [record["lang"]]):
-            yield where, record
+def read_records(splits, args):
+    """Yield (where, split, record) of Tevatron's records, or FlagEmbedding's, whose passages are texts."""
+    for split, path in splits:
+        for where, record in read(path):
+            if not {"positive_passages", "pos"} & record.keys():
+                raise DataError(f"{where}: {' '.join(record)}: neither positive_passages (Tevatron) nor pos "
+                                "(FlagEmbedding); positive_document_ids have no texts")
+            if "pos" in record:
+                record.setdefault("query_id", where.rpartition(":")[2])
+            if len(args.lang or ()) == 1:
+                record.setdefault("lang", args.lang[0])
+            for name, of_flagembedding in (("positive_passages", "pos"), ("negative_passages", "neg")):
+                passages = record.pop(of_flagembedding, record.get(name, []))
+                if isinstance(passages, list):
+                    passages = [with_docid(passage, where, args.docids_from_texts) for passage in passages]
+                record[name] = passages
+            check_query(record, where)
+            yield where, split, record
 
 
 def with_docid(passage, where, from_text):
-    if isinstance(passage, str):
-        passage = {"text": passage}
-    if isinstance(passage, dict) and (from_text or "docid" not in tidy(passage, where)):
+    passage = {"text": passage} if isinstance(passage, str) else passage
+    if isinstance(passage, dict) and ("docid" not in tidy(passage, where) or from_text):
         text = normalise(f"{passage.get('title', '')}\n{passage.get('text')}")
         passage["docid"] = blake2b(text.encode(), digest_size=8).hexdigest()
     return passage
@@ -347,86 +338,96 @@ class Collection:
     """The folder that is being written; counts: {lang: Counter} of what is in it and of what was left out."""
 
     def __init__(self, folder, args, counts, files):
-        self.folder, self.args, self.counts = folder, args, counts
-        self.files, self.open = files, {}  # ExitStack that closes what is opened; {name: file}
+        self.folder = folder
+        self.args = args
+        self.counts = counts
+        self.files = files  # an ExitStack, which closes what is opened
+        self.open = {}      # {name: file}
 
     def write(self, name, line):
+        path = self.folder / name
         if name not in self.open:
-            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            file = open(self.folder / name, "w", encoding="utf-8", newline="\n")
-            self.open[name] = self.files.enter_context(file)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.open[name] = self.files.enter_context(open(path, "w", encoding="utf-8", newline="\n"))
         self.open[name].write(line)
 
     def add_part(self, passages, queries):
-        judged, asked, in_dev = set(), set(), set()
+        asked, in_dev, judged, answers = set(), set(), set(), set()
         for where, split, record, judgments in queries():
-            lang, query_id = record["lang"], record["query_id"]
-            if (split, lang, query_id) in asked:
-                raise DataError(f"{where}: query {query_id!r} is there twice; drop one")
-            asked.add((split, lang, query_id))
-            judged.update((lang, docid) for docid in judgments)
-            if split == "dev":
-                in_dev.add((lang, normalise(record["query"])))
-        kept = self.add_passages(passages, judged)
+            lang, question = record["lang"], normalise(record["query"])
+            if (split, lang, record["query_id"]) in asked:
+                raise DataError(f"{where}: query {record['query_id']!r} is there twice; drop one")
+            asked.add((split, lang, record["query_id"]))
+            in_dev.update([(lang, question)] * (split == "dev"))
+            if "positive_passages" not in record:  # else it brings its passages
+                judged.update((lang, docid) for docid in judgments)
+            answers.update(hash((lang, question, docid)) for docid in self.positives(judgments))
+        texts, kept = self.add_passages(passages, judged)
         for where, split, record, judgments in queries():
-            lang = record["lang"]
+            lang, question = record["lang"], normalise(record["query"])
             if split == "dev" or self.counts[lang]["train"] != self.args.limit:
-                self.add_query(where, split, record, judgments, kept)
-                if split == "train" and (lang, normalise(record["query"])) in in_dev:
+                self.add_query(where, split, record, judgments, texts, kept, answers)
+                if split == "train" and (lang, question) in in_dev:
                     self.counts[lang]["train queries with the same text as a dev query"] += 1
 
+    def positives(self, judgments):
+        return [docid for docid, grade in judgments.items() if grade >= self.args.min_relevance]
+
     def add_passages(self, passages, judged):
-        """Write the corpora; give back {(lang, docid): passage} of the judged; memory has hashes of all."""
-        kept, texts = {}, {}
+        """Write the corpora; give back {hash of (lang, docid): that of the text} and the judged passages."""
+        texts, kept = {}, {}
         for where, lang, passage in progress(passages(), desc="passages", unit=""):
             if not f"{passage.get('title', '')}{passage.get('text', 'missing')}".strip():
                 self.counts[lang]["empty passages"] += 1
                 continue
             check_passage(passage, where)
             key = lang, passage["docid"]
-            text = hash(normalise(passage_text(passage)))
-            if hash(key) in texts:
-                if texts[hash(key)] != text:
-                    first = next(at for at, other, p in passages() if (other, p["docid"]) == key)
-                    raise DataError(f"{where}: docid {key[1]!r} has another text at {first}; rename one, or "
-                                    "take --docids-from-texts with --source tevatron")
-                continue
-            texts[hash(key)] = text
-            passage = {"docid": key[1], "title": passage.get("title", ""), "text": passage["text"]}
-            if key in judged:
-                kept[key] = passage
-            self.counts[lang]["passages"] += 1
-            self.write(f"corpus/{lang}.jsonl", dump(passage))
-        return kept
+            text = hash(text_key(passage))
+            if hash(key) not in texts:
+                texts[hash(key)] = text
+                self.counts[lang]["passages"] += 1
+                passage = {"docid": key[1], "title": passage.get("title", ""), "text": passage["text"]}
+                self.write(f"corpus/{lang}.jsonl", dump(passage))
+                if key in judged:
+                    kept[key] = passage
+            elif texts[hash(key)] != text:
+                first = next(at for at, other, p in passages() if (other, p["docid"]) == key)
+                remedy = ", or take --docids-from-texts" if self.args.source == "tevatron" else ""
+                raise DataError(f"{where}: docid {key[1]!r} has another text at {first}; rename one{remedy}")
+        return texts, kept
 
-    def add_query(self, where, split, record, judgments, kept):
-        lang, query_id = record["lang"], record["query_id"]
-        found = {docid: relevance for docid, relevance in judgments.items() if (lang, docid) in kept}
+    def add_query(self, where, split, record, judgments, texts, kept, answers):
+        lang = record["lang"]
+        count = self.counts[lang]
+        found = {docid: grade for docid, grade in judgments.items() if hash((lang, docid)) in texts}
         lost = "judgments of passages not in the corpus (left out of the metrics)"
-        self.counts[lang][lost] += len(judgments) - len(found)
-        passages = {docid: kept[lang, docid] for docid in found}
+        count[lost] += len(judgments) - len(found)
+        passages = {docid: kept[lang, docid] for docid in found if (lang, docid) in kept}
         own = record.get("negative_passages", []) + record.get("positive_passages", [])  # a positive wins
         for passage in own:
-            docid = passage["docid"]
-            if docid in found and normalise(passage["text"]) != normalise(passages[docid]["text"]):
+            docid, text = passage["docid"], hash(text_key(passage))
+            if texts.get(hash((lang, docid)), text) != text:
                 raise DataError(f"{where}: docid {docid!r} has another text in the corpus; rename one")
             if docid in found or docid not in judgments:  # with its own fields; unjudged ones too
                 passages[docid] = {"docid": docid, "title": "", **passage}
-        repeated = len(own) - len({passage["docid"] for passage in own})
-        self.counts[lang]["negatives that their query has already"] += repeated
-        positives = [p for p in passages.values() if found.get(p["docid"], 0) >= self.args.min_relevance]
-        negatives = [p | ({"source": "human"} if p["docid"] in found else {})
-                     for p in passages.values() if found.get(p["docid"], 0) < self.args.min_relevance]
+        count["negatives that their query has already"] += len(own) - len({p["docid"] for p in own})
+        positives = [passages.pop(docid) for docid in self.positives(found)]
+        texts = {text_key(passage) for passage in positives}
+        twins = [docid for docid, passage in passages.items() if text_key(passage) in texts
+                 or hash((lang, normalise(record["query"]), docid)) in answers]
+        count["negatives with a positive's text, or that answer the question under another id"] += len(twins)
+        negatives = [passage | ({"source": "human"} if docid in found else {})
+                     for docid, passage in passages.items() if docid not in twins]
         if not positives:
-            self.counts[lang]["queries without a positive"] += 1
+            count["queries without a positive"] += 1
             return
-        self.counts[lang][split] += 1
-        self.counts[lang]["positives"] += len(positives)
-        line = {"query_id": query_id, "lang": lang, "query": record["query"], "positive_passages": positives,
-                "negative_passages": negatives}
-        self.write(f"{split}.jsonl", dump(line | {key: record[key] for key in record if key not in line}))
-        for docid, relevance in found.items():
-            self.write(f"qrels/{split}/{lang}.tsv", f"{query_id}\t0\t{docid}\t{relevance}\n")
+        count[split] += 1
+        count["positives"] += len(positives)
+        record = dict.fromkeys(("query_id", "lang", "query")) | record  # those come first
+        record |= {"positive_passages": positives, "negative_passages": negatives}
+        self.write(f"{split}.jsonl", dump(record))
+        for docid, grade in found.items():
+            self.write(f"qrels/{split}/{lang}.tsv", f"{record['query_id']}\t0\t{docid}\t{grade}\n")
 
 
 def digests(folder):
@@ -442,6 +443,8 @@ def main(argv=None):
         root = None
     elif not root.exists() or bool(args.root) == (args.source == "sample"):
         raise DataError(f"--root {args.root}: no {args.source} there; --help tells the layouts")
+    if args.docids_from_texts and args.source != "tevatron":
+        raise DataError("--docids-from-texts is for --source tevatron; leave it out")
     out = Path(args.out)
     out = out.resolve() if out.is_symlink() or out.name in ("", "..") else out
     counts = defaultdict(Counter)

@@ -12,12 +12,13 @@ Usage   python 01_mine_candidates.py --data data/sample --retrievers bm25 models
 Cost    vectors are cached by model, settings and shard: another depth, strategy or fusion encodes no passage
 """
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
+from pathlib import Path
 
 import numpy as np
 
 from common import (DataError, Output, Parser, batched, corpus_files, dump, fetch_passages, normalise,
-                    positive_int, read_queries, run, say)
+                    passage_text, positive_int, read_queries, run, say, text_key)
 from search import ensemble_flags, from_flags, world
 
 EXTRA = 24       # passages asked for beyond --depth at first, to stand in for those that are not allowed
@@ -43,7 +44,9 @@ def build_parser():
     parser.add_argument("--margin", type=float, default=0.15, help="below the positive, --strategy margin")
     parser.add_argument("--percent", type=float, default=0.9, help="of the positive, --strategy percent")
     parser.add_argument("--exclude-same-article", action="store_true",
-                        help="no candidate from a positive's article (docids ARTICLE#PASSAGE)")
+                        help="no candidate from a positive's article")
+    parser.add_argument("--article-separator", default="#", metavar="TEXT",
+                        help="what stands between article and passage in a docid, for --exclude-same-article")
     parser.add_argument("--out", required=True, metavar="FILE", help="candidates.jsonl")
     return parser
 
@@ -63,26 +66,66 @@ def ceilings(ensemble, records, args):
     return lowest - args.margin
 
 
-def article(docid):
-    return docid.rpartition("#")[0] or docid
+def article(docid, args):
+    return docid.rpartition(args.article_separator)[0] or docid
 
 
-def allowed(record, hits, passages, args):
-    """A record's hits as passages, without its positives, be it by another docid, and excluded articles."""
-    docids = {passage["docid"] for passage in record["positive_passages"]}
-    texts = {normalise(passage["text"]) for passage in record["positive_passages"]}
-    articles = {article(docid) for docid in docids} if args.exclude_same_article else set()
-    return [passages[hit["row"]] | {"score": hit["score"], "ranks": hit["ranks"]} for hit in hits
-            if hit["docid"] not in docids and article(hit["docid"]) not in articles
-            and normalise(passages[hit["row"]]["text"]) not in texts]
+def check_articles(records, args):
+    """--exclude-same-article can do nothing for positives whose docid does not tell the article."""
+    docids = [passage["docid"] for record in records for passage in record["positive_passages"]]
+    without = [docid for docid in docids if not args.article_separator or args.article_separator not in docid]
+    if without:
+        told = (f"--exclude-same-article: {len(without)} of {len(docids)} positives, such as {without[0]!r}, "
+                f"have no {args.article_separator!r} in their docid")
+        if len(without) == len(docids):
+            raise DataError(f"{told}; name what stands after the article with --article-separator")
+        say(f"{told}, each counts as an article of its own")
+
+
+def answers(records):
+    """{question: positives of all queries that ask it}, whatever their ids."""
+    found = defaultdict(list)
+    for record in records:
+        found[normalise(record["query"])] += record["positive_passages"]
+    return found
+
+
+def allowed(question, positives, hits, passages, depth, args):
+    """(candidates, left out): the first `depth` hits that may be candidates, {why: n} of others above them.
+
+    A positive is known by docid or text. A document may be the query itself, as in BEIR's ArguAna.
+    """
+    docids = {passage["docid"] for passage in positives}
+    texts = {text_key(passage) for passage in positives}
+    articles = {article(docid, args) for docid in docids} if args.exclude_same_article else set()
+    candidates, left_out, taken = [], Counter(), set()
+    for hit in hits:
+        passage = passages[hit["row"]]
+        text = text_key(passage)
+        if hit["docid"] in docids or text in texts:
+            continue
+        if article(hit["docid"], args) in articles:
+            left_out["left out, of a positive's article"] += 1
+        elif question in (text, normalise(passage_text(passage))):
+            left_out["left out, the query itself"] += 1
+        elif text in taken:
+            left_out["left out, duplicates of a candidate's text"] += 1
+        else:
+            taken.add(text)
+            candidates.append(passage | {"score": hit["score"], "ranks": hit["ranks"]})
+        if len(candidates) == depth:
+            break
+    return candidates, left_out
 
 
 def mine(ensemble, lang, records, depth, args):
-    """(rankings, mined): each retriever's own lists, and for each record its `depth` best that are allowed.
+    """(rankings, mined): each retriever's own lists, and what is allowed of each record, `depth` candidates.
 
     Looks deeper for the records whose list is not full yet.
     """
     below = ceilings(ensemble, records, args)
+    questions = [normalise(record["query"]) for record in records]
+    positives = answers(records)
     rankings = {name: [] for name in ensemble.names}
     mined = {}
     pending = range(len(records))
@@ -96,8 +139,8 @@ def mine(ensemble, lang, records, depth, args):
                    for i, hits in zip(group, found)]
             passages = fetch_passages(args.data, lang, {hit["row"] for hits in low for hit in hits})
             for i, hits, everything in zip(group, low, found):
-                mined[i] = allowed(records[i], hits, passages, args)[:depth]
-                if len(mined[i]) < depth and (len(everything) == asked or len(hits) == fetched):
+                mined[i] = allowed(questions[i], positives[questions[i]], hits, passages, depth, args)
+                if len(mined[i][0]) < depth and (len(everything) == asked or len(hits) == fetched):
                     short.append(i)
             if asked == depth + EXTRA:
                 rankings = {name: rankings[name] + ranked[name] for name in rankings}
@@ -112,6 +155,9 @@ def summarise(records, rankings, mined, depth):
     human = [{p["docid"] for p in r.get("negative_passages", []) if p.get("source") == "human"}
              for r in records]
     row = {"queries": len(records), "candidates": sum(map(len, mined))}
+    n_repeated = len(records) - len(answers(records))
+    if n_repeated:
+        row["queries that ask the same as another (their positives are shared)"] = n_repeated
     for name, ranking in rankings.items():
         ranks = [found.index(docid) + 1 for found, wanted in zip(ranking, positives)
                  for docid in wanted if docid in found]
@@ -141,6 +187,9 @@ def main(argv=None):
     if args.shift < 0:
         raise DataError(f"--shift: got {args.shift}, want at least 0")
     queries = args.queries or f"{args.data}/train.jsonl"
+    dev = f"{args.data}/dev.jsonl"
+    if not args.queries and Path(dev).exists() and not Path(queries).exists():
+        raise DataError(f"{args.data} has no training queries; name others with --queries, if need be {dev}")
     records = list(read_queries(queries, args.lang, args.limit))
     by_lang = defaultdict(list)
     for record in records:
@@ -149,18 +198,21 @@ def main(argv=None):
     output = Output(args, [queries, *corpus], args.retrievers)
     if output.is_done():
         return
+    if args.exclude_same_article:
+        check_articles(records, args)
     ensemble = from_flags(args)
     skip = args.shift if args.strategy == "shifted" else 0
     lines = {}
     table = {}
     n_fewer = 0
     for lang, of_lang in sorted(by_lang.items()):
-        rankings, mined = mine(ensemble, lang, of_lang, args.depth + skip, args)
-        mined = [passages[skip:] for passages in mined]
+        rankings, found = mine(ensemble, lang, of_lang, args.depth + skip, args)
+        mined = [candidates[skip:] for candidates, _ in found]
         lines[lang] = tempfile.TemporaryFile("w+", encoding="utf-8")  # memory holds one language's
         lines[lang].writelines(dump(with_passages(*pair, args.strategy)) for pair in zip(of_lang, mined))
         lines[lang].seek(0)
         table[lang] = summarise(of_lang, rankings, mined, args.depth)
+        table[lang] |= sum((left_out for _, left_out in found), Counter())
         n_fewer += sum(len(passages) < args.depth for passages in mined)
         if world()[0] == 0:
             say(f"{lang}: " + ", ".join(f"{key} {value}" for key, value in table[lang].items()))

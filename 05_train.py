@@ -17,14 +17,15 @@ import random
 import shutil
 import time
 from collections import Counter, defaultdict
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from common import (DataError, Output, Parser, atomic, atomic_folder, dump, normalise, parse_query,
-                    positive_float, positive_int, progress, read_lines, run, say, share)
+from common import (DataError, Output, Parser, atomic, atomic_folder, dump, normalise, numbered_queries,
+                    parse_query, positive_float, positive_int, progress, read_lines, run, say, share,
+                    text_key)
 from encoder import encoder_flags, from_flags, keep_blocks
 from search import gather, world
 
@@ -85,19 +86,13 @@ def read_index(args):
     """The Query of each record of the input."""
     if args.input.endswith(".gz"):
         raise DataError(f"{args.input}: records are read by offset, which gzip does not allow; gunzip it")
-    queries, offset = {}, 0
-    for number, line in read_lines(args.input, blank=True):
-        start = offset
-        offset += len(line)
-        record = parse_query(args.input, number, line, args.lang) if line.strip() else None
-        if record is None or args.lang and record["lang"] not in args.lang:
-            continue
+    queries = []
+    starts = [0, *accumulate(len(line) for _, line in read_lines(args.input, blank=True))]
+    for number, record in numbered_queries(args.input, args.lang, args.limit):
         key = record["lang"], record["query_id"]
+        where = f"{args.input}:{number}: query {key[1]!r} ({key[0]})"
         topic = record.get("topic", 0 if args.topic_power == 1 else None)
         n_negatives = len(record.get("negative_passages", []))
-        where = f"{args.input}:{number}: query {key[1]!r} ({key[0]})"
-        if key in queries:
-            raise DataError(f"{where} is there twice; drop one")
         if n_negatives < args.negatives:
             raise DataError(f"{where} has {n_negatives} negatives, --negatives wants {args.negatives}; lower "
                             "it, or bring all to N with 03_generate_negatives.py")
@@ -105,10 +100,8 @@ def read_index(args):
             raise DataError(f"{where}: 'topic' is {json.dumps(topic)[:40]}, want a whole number; make it "
                             "with 04_cluster_topics.py, or drop it and pass --topic-power 1")
         marks = [normalise(record["query"]), *((key[0], p["docid"]) for p in record["positive_passages"])]
-        queries[key] = Query(*key, topic, start, tuple(map(hash, marks)))
-        if len(queries) == args.limit:
-            break
-    return list(queries.values())
+        queries.append(Query(*key, topic, starts[number - 1], tuple(map(hash, marks))))
+    return queries
 
 
 def read_records(file, queries):
@@ -216,7 +209,7 @@ def choose(record, visit, args):
 
 def names(lang, passages):
     """By what passages are known again: docid or text, since a corpus may hold one text under two docids."""
-    return {name for p in passages for name in ((lang, p["docid"]), normalise(p["text"]))}
+    return {name for p in passages for name in ((lang, p["docid"]), text_key(p))}
 
 
 def collate(records, uses, args):

@@ -4,16 +4,20 @@ Source  none: for training elsewhere on what 00-04 made, without the batches and
 Reads   topics.jsonl of stage 04, or any file in Tevatron's layout
 Writes  OUT/<lang>.jsonl
             flagembedding          {query, pos: [text], neg: [text]}
-            sentence-transformers  {anchor, positive, negative_1, ...}: as many as every query has
+            sentence-transformers  {anchor, positive, negative_1, ...}: the first positive, and as many
+                                   negatives as every query has; what that leaves out is counted
             tevatron               {query_id, query, positive_passages, negative_passages}
-        A text is title, line break, text. Negatives that are a positive, by docid or text, are left out.
+        A text is title, line break, text. Left out and counted: negatives with the text of a positive of the
+        same question (be it under another id) or of another negative.
 Usage   python 05a_export.py --input runs/sample/topics.jsonl --layout flagembedding --out runs/sample/fe
-Cost    reads the file twice, holds one record at a time
+Cost    reads the file three times, holds one record at a time
 """
 import contextlib
 import shutil
+from collections import Counter, defaultdict
 
-from common import DataError, Output, Parser, atomic_folder, dump, normalise, passage_text, read_queries, run
+from common import (DataError, Output, Parser, atomic_folder, dump, normalise, passage_text, read_queries,
+                    run, text_key)
 
 
 def build_parser():
@@ -25,18 +29,34 @@ def build_parser():
     return parser
 
 
-def hard_negatives(record):
-    """The negatives that are not, by docid or text, one of the positives."""
-    positives = record["positive_passages"]
-    docids = {p["docid"] for p in positives}
-    texts = {normalise(p["text"]) for p in positives}
-    return [p for p in record.get("negative_passages", [])
-            if p["docid"] not in docids and normalise(p["text"]) not in texts]
+def question(record):
+    return hash((record["lang"], normalise(record["query"])))
 
 
-def convert(record, layout, width):
+def read_answers(args):
+    """{question: hashes of the texts of its positives}, whatever the ids under which it is asked."""
+    answers = defaultdict(set)
+    for record in read_queries(args.input, args.lang, args.limit):
+        answers[question(record)].update(hash(text_key(p)) for p in record["positive_passages"])
+    return answers
+
+
+def hard_negatives(record, answers):
+    """(negatives, {why: n} of those left out): those that are no positive and no copy of another."""
+    kept = {}
+    counts = Counter()
+    for passage in record.get("negative_passages", []):
+        text = hash(text_key(passage))
+        if text in answers[question(record)]:
+            counts["positives_left_out"] += 1
+        elif kept.setdefault(text, passage) is not passage:
+            counts["copies_left_out"] += 1
+    return list(kept.values()), counts
+
+
+def convert(record, negatives, layout, width):
     """The record as the trainer reads it; width: the columns of negatives that every row has."""
-    positives, negatives = record["positive_passages"], hard_negatives(record)
+    positives = record["positive_passages"]
     if layout == "tevatron":
         return {"query_id": record["query_id"], "query": record["query"],
                 "positive_passages": plain(positives), "negative_passages": plain(negatives)}
@@ -56,15 +76,21 @@ def main(argv=None):
     output = Output(args, [args.input])
     if output.is_done():
         return
-    width = None
-    n_false = 0
+    answers = read_answers(args)
+    counts = Counter(positives_left_out=0, copies_left_out=0)
+    widths = []
     for record in read_queries(args.input, args.lang, args.limit):
-        n_negatives = len(hard_negatives(record))
-        n_false += len(record.get("negative_passages", [])) - n_negatives
-        width = n_negatives if width is None else min(width, n_negatives)
-        if width == 0:
+        negatives, left_out = hard_negatives(record, answers)
+        if not negatives:
             raise DataError(f"{args.input}: {record['lang']} query {record['query_id']!r} has no negatives; "
                             "bring all to N with 03_generate_negatives.py")
+        widths.append(len(negatives))
+        counts.update(left_out)
+        if args.layout == "sentence-transformers":
+            counts["further_positives_left_out"] += len(record["positive_passages"]) - 1
+    width = min(widths)
+    if args.layout == "sentence-transformers":
+        counts["further_negatives_left_out"] = sum(widths) - width * len(widths)
     by_lang = {}
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(atomic_folder(args.out))
@@ -74,10 +100,11 @@ def main(argv=None):
             if lang not in files:
                 file = open(folder / f"{lang}.jsonl", "w", encoding="utf-8", newline="\n")
                 files[lang] = stack.enter_context(file)
-            files[lang].write(dump(convert(record, args.layout, width)))
+            negatives, _ = hard_negatives(record, answers)
+            files[lang].write(dump(convert(record, negatives, args.layout, width)))
             by_lang[lang] = by_lang.get(lang, 0) + 1
         shutil.rmtree(args.out, ignore_errors=True)  # never beside the meta of another
-        output.finish(queries=sum(by_lang.values()), positives_left_out=n_false, fewest_negatives=width,
+        output.finish(queries=len(widths), fewest_negatives=width, **counts,
                       by_lang=dict(sorted(by_lang.items())))
 
 

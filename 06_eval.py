@@ -84,9 +84,8 @@ def answerable(qrels):
 def read_questions(args, queries_path, qrels_paths):
     """{lang: {query_id: text}} and {lang: {query_id: {docid: relevance}}}, --limit queries a language."""
     queries = defaultdict(dict)
-    for record in read_queries(queries_path, args.lang):
-        if not args.limit or len(queries[record["lang"]]) < args.limit:
-            queries[record["lang"]][record["query_id"]] = record["query"]
+    for record in read_queries(queries_path, args.lang, args.limit):
+        queries[record["lang"]][record["query_id"]] = record["query"]
     qrels = {}
     for lang in sorted(queries):
         path = qrels_paths / f"{lang}.tsv"

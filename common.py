@@ -1,7 +1,4 @@
-"""The interface of the stages: command line, errors, records, and outputs that are finished or not there.
-
-Records are checked when they are read; a `.meta.json` beside an output says what it was made from.
-"""
+"""The interface of the stages: command line, errors, checked records, outputs finished or not there."""
 import argparse
 import contextlib
 import gzip
@@ -13,10 +10,12 @@ import os
 import re
 import resource
 import shutil
+import sqlite3
 import sys
 import time
 import unicodedata
 import zlib
+from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,6 +30,7 @@ LANGUAGES = {"ar": "Arabic", "bn": "Bengali", "de": "German", "en": "English", "
              "ja": "Japanese", "ko": "Korean", "ru": "Russian", "sw": "Swahili", "te": "Telugu",
              "th": "Thai", "yo": "Yoruba", "zh": "Chinese"}
 LANG = re.compile("[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8})*")  # it names files and stands in prompts
+LISTS = ("positive_passages", "negative_passages", "candidate_passages", "false_negatives")  # of passages
 SHARD = 16_384  # passages encoded, cached and searched at a time; bounds memory, does not change results
 MADE_BY = {"train": "00_prepare_data.py", "dev": "00_prepare_data.py", "candidates": "01_mine_candidates.py",
            "filtered": "02_filter_false_negatives.py", "augmented": "03_generate_negatives.py",
@@ -74,7 +74,8 @@ class Parser(argparse.ArgumentParser):
     def common_flags(self):
         """The flags that mean the same in every stage."""
         self.add_argument("--seed", type=int, default=13, help="seed of every random draw")
-        self.add_argument("--limit", type=positive_int, metavar="N", help="use only the first N queries")
+        self.add_argument("--limit", type=positive_int, metavar="N",
+                          help="use only the first N queries of each language")
         self.add_argument("--lang", nargs="+", metavar="CODE",
                           help="use only these languages (ISO 639-1 codes); default: all there are")
         self.add_argument("--overwrite", action="store_true",
@@ -117,8 +118,7 @@ def peak_mb():
     """The most memory this process has held; ru_maxrss alone may be that of the process that started it."""
     status = Path("/proc/self/status")
     own = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    kilobytes = int(own[1]) if own else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes >> 10
+    return (int(own[1]) if own else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) >> 10
 
 
 # --------------------------------------------------------------------------- lines, records, corpus
@@ -180,18 +180,20 @@ def check_passage(passage, where):
     if not isinstance(passage, dict):
         raise DataError(f"{where}: a passage is {json.dumps(passage)[:40]}; want {{docid, title, text}}")
     check_text(passage, "docid", where)
-    check_text(passage, "text", f"{where}: passage {passage['docid']!r}", empty=bool(passage.get("title")))
-    if "title" in passage:
-        check_text(passage, "title", f"{where}: passage {passage['docid']!r}", empty=True)
+    where = f"{where}: passage {passage['docid']!r}"
+    check_text(passage, "text", where, empty=bool(passage.get("title")))
+    check_text({"title": ""} | passage, "title", where, empty=True)
 
 
 def check_query(record, where):
     """A training query in Tevatron's layout, whatever stages it has been through."""
+    if "lang" not in record:
+        raise DataError(f"{where}: no 'lang'; name the file's language with --lang CODE")
     for key in ("query_id", "lang", "query"):
         check_text(record, key, where)
     if not LANG.fullmatch(record["lang"]):
         raise DataError(f"{where}: 'lang' {record['lang'][:20]!r} cannot name a file; want a code such as sw")
-    for key in ("positive_passages", "negative_passages", "candidate_passages", "false_negatives"):
+    for key in LISTS:
         passages = record.get(key, [])
         if not isinstance(passages, list):
             raise DataError(f"{where}: {key!r} is no list; want a list of passages")
@@ -202,37 +204,43 @@ def check_query(record, where):
 
 
 def parse_query(path, number, line, lang=None):
-    """The checked record of one line; lang names the language of plain Tevatron records, which say none."""
+    """The checked record of one line; a single lang is that of plain Tevatron records, which say none."""
     record = parse_line(path, number, line)
-    if "lang" not in record:
-        if not lang or len(lang) != 1:
-            raise DataError(f"{path}:{number}: no 'lang'; name the file's language with --lang CODE, "
-                            "or add it with 00_prepare_data.py --source tevatron")
-        record = {"query_id": record.get("query_id"), "lang": lang[0], **record}
+    if len(lang or ()) == 1:
+        record.setdefault("lang", lang[0])
     check_query(record, f"{path}:{number}")
     return record
 
 
 def read_queries(path, lang=None, limit=None, need=()):
-    """Yield the checked records of a file of training queries, in order; DataError at the first bad one.
+    """Yield the records of a file of training queries; need lists further fields that must be there."""
+    return (record for _, record in numbered_queries(path, lang, limit, need))
 
-    lang keeps these languages, limit the first so many records; need lists further fields that must be there.
-    """
-    seen = set()
+
+def numbered_queries(path, lang=None, limit=None, need=()):
+    """Yield (line number, record) of these languages, `limit` of each; DataError at the first bad record."""
+    texts = sqlite3.connect(":memory:", isolation_level=None)  # 40 bytes a docid, where a dict takes 150
+    texts.execute("CREATE TABLE texts (docid INTEGER PRIMARY KEY, text INTEGER, number INTEGER)")
+    seen = defaultdict(set)
     for number, line in read_lines(path):
         record = parse_query(path, number, line, lang)
-        if lang and record["lang"] not in lang:
+        where = f"{path}:{number}"
+        of_lang = record["lang"]
+        if lang and of_lang not in lang or len(seen[of_lang]) == limit:
             continue
-        for key in need:
-            if key not in record:
-                raise DataError(f"{path}:{number}: no {key!r}; run the stages before this one, see README")
-        key = record["lang"], record["query_id"]
-        if hash(key) in seen:
-            raise DataError(f"{path}:{number}: query {key[1]!r} ({key[0]}) is there twice; drop one")
-        seen.add(hash(key))
-        yield record
-        if len(seen) == limit:
-            return
+        if hash(record["query_id"]) in seen[of_lang]:
+            raise DataError(f"{where}: query {record['query_id']!r} ({of_lang}) is there twice; drop one")
+        seen[of_lang].add(hash(record["query_id"]))
+        for key in sorted(set(need) - record.keys()):
+            raise DataError(f"{where}: no {key!r}; run the stages before this one, see README")
+        for passage in [passage for key in LISTS for passage in record.get(key, ())]:
+            row = hash((of_lang, passage["docid"])), hash(text_key(passage)), number
+            texts.execute("INSERT OR IGNORE INTO texts VALUES (?, ?, ?)", row)
+            _, text, first = texts.execute("SELECT * FROM texts WHERE docid = ?", row[:1]).fetchone()
+            if text != row[1]:
+                raise DataError(f"{where}: docid {passage['docid']!r} has another text at {path}:{first}; "
+                                "make new docids: 00_prepare_data.py --source tevatron --docids-from-texts")
+        yield number, record
     if not seen:
         raise DataError(f"{path}: no queries in {' '.join(lang or ['it'])}; check the file and --lang")
 
@@ -252,6 +260,11 @@ def normalise(text):
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
+def text_key(passage):
+    """What is equal for passages with one text; a document may be a title alone."""
+    return normalise(passage["text"].strip() or passage["title"])
+
+
 def batched(items, n):
     """Lists of n items (the last may be shorter)."""
     items = iter(items)
@@ -262,13 +275,11 @@ def batched(items, n):
 def corpus_files(data, lang):
     """A language's corpus files: corpus/<lang>.jsonl[.gz] or corpus/<lang>/*.jsonl[.gz], in name order."""
     root = Path(data) / "corpus"
-    for path in (root / f"{lang}.jsonl", root / f"{lang}.jsonl.gz"):
-        if path.is_file():
-            return [path]
+    whole = [path for path in (root / f"{lang}.jsonl", root / f"{lang}.jsonl.gz") if path.is_file()]
     parts = sorted(p for p in (root / lang).glob("*") if p.name.endswith((".jsonl", ".jsonl.gz")))
-    if not parts:
+    if not whole + parts:
         raise DataError(f"{root}/{lang}.jsonl not found; make it with 00_prepare_data.py, or change --lang")
-    return parts
+    return whole[:1] or parts
 
 
 def corpus_languages(data):
@@ -391,13 +402,12 @@ class Output:
                             "or another --out")
         meta = json.loads(self.meta_path.read_text("utf-8"))
         untouched = self.path.is_dir() or meta.get("digest") == digest_file(self.path)
-        same = untouched and self.key(meta) == self.key(self.meta)
-        if same:
-            os.utime(self.path)  # newer than its inputs, for make
-            say(f"{self.path} is up to date")
-        else:
+        if not untouched or self.key(meta) != self.key(self.meta):
             say(f"{self.path}: arguments, inputs or models changed, making it again")
-        return same
+            return False
+        os.utime(self.path)  # newer than its inputs, for make
+        say(f"{self.path} is up to date")
+        return True
 
     def write(self, records):
         """Write records, consumed as they come, as JSONL."""

@@ -272,16 +272,21 @@ class Ensemble:
 
 # --------------------------------------------------------------------------- BM25
 
+UNSPACED = r"[\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}]"
+
+
 def words_of(text):
     """Terms where no tokenizer is at hand: words cut to 5 letters, letter bigrams of scripts without spaces.
 
-    A letter keeps its marks: vowel signs and tones tell words apart.
+    A letter keeps its marks: vowel signs and tones tell words apart. Joiners after a mark (a virama) and the
+    dot that small Turkish i is left with are not seen; other non-joiners end a word, as in Persian.
     """
     import regex
+    text = regex.sub("\u200d|(?<=\\p{M})\u200c", "", text).replace("i\u0307", "i")
     terms = []
     for word in regex.findall(r"[\p{L}\p{M}\p{N}]+", text):
         letters = regex.findall(r".\p{M}*", word)
-        if regex.search("[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]", word):
+        if regex.search(UNSPACED, word):
             terms += ["".join(letters[i:i + 2]) for i in range(max(1, len(letters) - 1))]
         else:
             terms.append("".join(letters[:5]))
@@ -324,7 +329,7 @@ class BM25:
         """(bm25s index, (M,) docids) of a language, made by the first process where the cache has none."""
         import bm25s
         shards = self.ensemble.shards(lang)
-        rule = self.tokenizer.backend_tokenizer.to_str() if self.tokenizer else "words and bigrams"
+        rule = self.tokenizer.backend_tokenizer.to_str() if self.tokenizer else UNSPACED
         state = json.dumps([rule, list(self.words), shards])
         folder = self.ensemble.cache / "bm25" / hashlib.blake2b(state.encode()).hexdigest()[:32]
         if world()[0] == 0 and not folder.is_dir():

@@ -546,6 +546,13 @@ def test_tevatron_with_dev_and_corpus(tmp_path):
     assert read(tmp_path / "out/dev.jsonl")[0]["subset"] == "s"  # fields of its own stay
 
 
+def test_what_this_script_wrote_can_be_prepared_again_with_its_whole_corpus(tmp_path):
+    prepare("miracl", miracl(tmp_path / "in", ["th", "ko"]), tmp_path / "out")
+    prepare("tevatron", tmp_path / "out", tmp_path / "again")
+    again, out = ({n: sorted(b.splitlines()) for n, b in tree(tmp_path / f).items()} for f in ("again", "out"))
+    assert again == out  # but for the order of a query's judgments
+
+
 def test_flagembeddings_records_are_read(tmp_path):
     write(
         tmp_path / "bge.jsonl",
@@ -582,13 +589,56 @@ def test_docids_that_number_the_passages_of_a_record_are_made_anew(tmp_path):
 
 
 def test_a_passage_is_not_both_positive_and_negative(tmp_path):
-    negatives = [passage("a"), passage("b"), passage("b")]
+    negatives = [passage("a"), passage("b", "b"), passage("b", "b")]
     write(tmp_path / "t.jsonl", [query("1", [passage("a")], negatives)])
     said = prepare("tevatron", tmp_path / "t.jsonl", tmp_path / "out")
     record = read(tmp_path / "out/train.jsonl")[0]
     assert [p["docid"] for p in record["positive_passages"]] == ["a"]
     assert [p["docid"] for p in record["negative_passages"]] == ["b"]
     assert "2 negatives that their query has already" in said
+
+
+def test_an_answer_is_no_negative_whatever_the_docid_and_whatever_the_id_of_the_question(tmp_path):
+    def asked(query_id, text, positive, *negatives):
+        return query(query_id, [passage(positive, f"x {positive}")], negatives) | {"query": text}
+
+    others = [passage(d, f"x {d}") for d in "abcd"]
+    copy = passage("e", "X  b\n", source="human")
+    records = [asked("1", "Nani?", "a", *others[1:]), asked("2", "NANI? ", "b", copy, *others[::3])]
+    write(tmp_path / "in/dev.jsonl", [asked("4", "Wapi?", "a")])
+    write(tmp_path / "in/train.jsonl", [*records, asked("3", "Nini?", "c", *others)])
+    said = prepare("tevatron", tmp_path / "in", tmp_path / "out")
+    negatives = {
+        r["query_id"]: [p["docid"] for p in r["negative_passages"]]
+        for r in read(tmp_path / "out/train.jsonl")
+    }
+    assert negatives == {"1": ["c", "d"], "2": ["d"], "3": ["a", "b", "d"]}
+    # of the first "b", of the second "a" and "e", which has its positive's text
+    assert "3 negatives with a positive's text, or that answer the question under another id" in said
+    assert "2\t0\te\t0\n" in (tmp_path / "out/qrels/train/sw.tsv").read_text()  # the judgment stays
+
+
+def test_docids_from_texts_is_refused_where_it_can_do_nothing(tmp_path):
+    root, out = beir(tmp_path / "in"), tmp_path / "out"
+    assert "for --source tevatron" in refused("beir", root, out, "--lang", "ja", "--docids-from-texts")
+    write(tmp_path / "t/train.jsonl", [query("1", [passage("a")])])
+    write(tmp_path / "t/corpus.jsonl", [passage("a")])
+    message = refused("tevatron", tmp_path / "t", out, "--docids-from-texts")
+    assert f"docids are those of {tmp_path / 't/corpus.jsonl'}" in message
+    twice = [{"_id": "d1", "text": "one"}, {"_id": "d1", "text": "two"}]
+    write(root / "corpus.jsonl", twice)
+    assert refused("beir", root, out, "--lang", "ja").endswith("; rename one")
+
+
+def test_what_is_there_instead_of_a_language_or_a_layout_is_told(tmp_path):
+    write(tmp_path / "t.jsonl", [query("1", [passage("a")])])
+    assert "no te there, but sw" in refused(
+        "tevatron", tmp_path / "t.jsonl", tmp_path / "out", "--lang", "te"
+    )
+    triplet = {"query_id": "1", "lang": "sw", "anchor": "q", "positive": "p", "negative": "n"}
+    path = bad(tmp_path, "u.jsonl", [triplet])
+    message = refused("tevatron", path, tmp_path / "out")
+    assert message.startswith(f"{path}:1: query_id lang anchor positive negative: neither positive_passages")
 
 
 @pytest.mark.parametrize(

@@ -252,6 +252,66 @@ def test_the_summary_tells_what_each_retriever_finds(words, tmp_path):
     )  # first, fourth, not in the corpus
 
 
+def test_one_text_is_one_candidate_and_the_query_itself_is_none(words, tmp_path, capfd):
+    more = [passage("8#0", "A b c\u3000x"), passage("9#0", "", "a b"), passage("9#1", "", "a x")]
+    more.append(passage("9#2", "a b c", "d"))
+    write(tmp_path / "data/corpus/en.jsonl", [*CORPUS, *more])
+    record = read(words / "data/train.jsonl")[0] | {"query": "a b  c"}
+    titled = record | {
+        "query_id": "titled",
+        "query": "d\na b c",
+        "positive_passages": [passage("p", "", "z")],
+    }
+    write(tmp_path / "data/train.jsonl", [record, titled])
+    found = run_mine(words, tmp_path, data=tmp_path / "data")
+    docids = [p["docid"] for p in found[0]["candidate_passages"]]
+    assert "1#1" in docids and "8#0" not in docids  # "A b c x" in full width and large letters is "a b c x"
+    assert "9#2" not in docids and {"9#0", "9#1"} < set(docids)  # titles alone are told apart
+    assert "9#2" not in [p["docid"] for p in found[1]["candidate_passages"]]  # title and text are the query
+    row = json.loads((tmp_path / "out.jsonl.meta.json").read_text("utf-8"))["counts"]["by_lang"]["en"]
+    assert row["left out, the query itself"] == 2
+    assert row["left out, duplicates of a candidate's text"] == 3  # "8#0" twice, "2#0" for the second
+    assert "left out, the query itself 2" in capfd.readouterr().err
+
+
+def test_what_answers_the_same_question_under_another_id_is_no_candidate(words, tmp_path):
+    record = read(words / "data/train.jsonl")[0]
+    twin = record | {"query_id": "twin", "query": "A b  C d", "positive_passages": [CORPUS[1]]}
+    other = record | {"query_id": "other", "query": "a b", "positive_passages": [CORPUS[4]]}
+    write(tmp_path / "three.jsonl", [record, twin, other])
+    first, second, third = run_mine(words, tmp_path, queries=tmp_path / "three.jsonl")
+    for of_question in (first, second):
+        assert not {"1#0", "1#1"} & {p["docid"] for p in of_question["candidate_passages"]}
+    assert {"1#0", "1#1"} < {p["docid"] for p in third["candidate_passages"]}
+    row = json.loads((tmp_path / "out.jsonl.meta.json").read_text("utf-8"))["counts"]["by_lang"]["en"]
+    assert row["queries that ask the same as another (their positives are shared)"] == 1
+
+
+def test_docids_that_do_not_tell_the_article_are_said(words, tmp_path, capfd):
+    record = read(words / "data/train.jsonl")[0]
+    apart = [p | {"docid": p["docid"].replace("#", "_")} for p in CORPUS]
+    write(tmp_path / "data/corpus/en.jsonl", apart)
+    write(tmp_path / "data/train.jsonl", [record | {"positive_passages": apart[:1]}])
+    with pytest.raises(DataError, match="1 of 1 positives, such as '1_0', have no '#'.* --article-separator"):
+        run_mine(words, tmp_path, "--exclude-same-article", data=tmp_path / "data")
+    assert "1_1" in dict(mined(run_mine(words, tmp_path, data=tmp_path / "data")))
+    flags = "--exclude-same-article", "--article-separator", "_"
+    found = dict(mined(run_mine(words, tmp_path, *flags, data=tmp_path / "data")))
+    assert "1_1" not in found and "3_2" in found
+    mixed = [apart[0], passage("alone", "c c")]
+    write(tmp_path / "data/train.jsonl", [record | {"positive_passages": mixed}])
+    run_mine(words, tmp_path, *flags, data=tmp_path / "data")
+    assert "1 of 2 positives, such as 'alone', have no '_'" in capfd.readouterr().err
+
+
+def test_a_collection_without_training_queries_is_told_so(words, tmp_path):
+    shutil.copytree(words / "data", tmp_path / "data")
+    (tmp_path / "data/train.jsonl").rename(tmp_path / "data/dev.jsonl")
+    with pytest.raises(DataError, match="has no training queries; name others with --queries"):
+        run_mine(words, tmp_path, data=tmp_path / "data")
+    assert run_mine(words, tmp_path, data=tmp_path / "data", queries=tmp_path / "data/dev.jsonl")
+
+
 def random_collection(folder, n_passages, n_queries, lang="en", seed=0):
     draw = random.Random(seed)
     corpus = [
@@ -488,7 +548,10 @@ def test_another_depth_strategy_or_fusion_encodes_nothing_and_a_changed_file_its
 
 
 def test_a_record_is_mined_alike_alone_and_among_others(collection, expected, tmp_path):
-    for record in read(collection / "data/train.jsonl")[7:9]:
+    records = read(collection / "data/train.jsonl")
+    asked = [record["query"] for record in records]
+    once = [record for record in records if asked.count(record["query"]) == 1]  # others share positives
+    for record in once[5:8]:
         write(tmp_path / "one.jsonl", [record])
         for i, flags in enumerate(arguments(collection, collection / "data", tmp_path / "cache", tmp_path)):
             mine([*flags, "--queries", str(tmp_path / "one.jsonl")])
@@ -755,6 +818,32 @@ PAIRS = [
 def test_words_that_differ_by_a_mark_are_different_terms_without_a_tokenizer(pair):
     left, right = BM25(Alone()).terms(list(pair))
     assert left != right and left and right
+
+
+# Burmese, Khmer, Lao, Thai; Turkish; Hindi with a joiner; Persian with a non-joiner; NFD; full width
+FOUND = [
+    (
+        "\u1019\u103c\u1014\u103a\u1019\u102c\u1014\u102d\u102f\u1004\u103a\u1004\u1036",
+        "\u1014\u102d\u102f\u1004\u103a\u1004\u1036",
+    ),
+    (
+        "\u179a\u17b6\u1787\u1792\u17b6\u1793\u17b8\u1797\u17d2\u1793\u17c6\u1796\u17c1\u1789",
+        "\u1797\u17d2\u1793\u17c6\u1796\u17c1\u1789",
+    ),
+    ("\u0e9b\u0eb0\u0ec0\u0e97\u0e94\u0ea5\u0eb2\u0ea7", "\u0ea5\u0eb2\u0ea7"),
+    ("\u0e1b\u0e23\u0e30\u0e40\u0e17\u0e28\u0e44\u0e17\u0e22", "\u0e44\u0e17\u0e22"),
+    ("\u0130stanbul", "istanbul"),
+    ("\u0915\u094d\u200d\u0937", "\u0915\u094d\u0937"),
+    ("\u06a9\u062a\u0627\u0628\u200c\u0647\u0627", "\u06a9\u062a\u0627\u0628"),
+    (unicodedata.normalize("NFD", "\uc11c\uc6b8 Vi\u1ec7t"), "\uc11c\uc6b8 vi\u1ec7t"),
+    ("\uff2e\uff41\uff49\uff52\uff4f\uff42\uff49", "nairobi"),
+]
+
+
+@pytest.mark.parametrize(("text", "word"), FOUND)
+def test_a_word_is_found_in_a_text_of_its_script_without_a_tokenizer(text, word):
+    of_text, of_word = BM25(Alone()).terms([text, word])
+    assert of_word and set(of_word) <= set(of_text)
 
 
 def test_sub_words_of_marks_alone_and_bytes_of_letters_are_terms_and_punctuation_is_not(tmp_path):

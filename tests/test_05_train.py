@@ -1,5 +1,6 @@
 """05_train.py killed at random steps, in two processes, in chunks: always the same training."""
 
+import functools
 import json
 import os
 import random
@@ -37,6 +38,7 @@ def made(tmp_path_factory):
     words = sorted({w for text in TEXTS.values() for w in text.split()})
     records = []
 
+    @functools.cache  # one docid is one text
     def passage(lang, name):
         text = " ".join(draw.choices(TEXTS[lang].split(), k=draw.randint(3, 20)))
         return {"docid": name, "title": draw.choice(TEXTS[lang].split()), "text": text}

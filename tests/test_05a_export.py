@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from conftest import ROOT, load_stage, run_stage
+from tiny_models import sentence_transformer
 
 export = load_stage("05a_export")
 TEXTS = {"th": "กรุงเทพ เป็นเมืองหลวง", "fa": "تهران پایتخت ایران 🙂", "zh-Hant": "臺北是首都"}
@@ -24,7 +25,10 @@ def topics(tmp_path):
             positives = [passage("p0", f"{text} p0"), passage("p1", f"{text} P1", "")]
             if lang == "th":
                 negatives[1]["text"] = f"{text}  p1"  # a positive's text, but for case and white space
-                negatives.append(passage("p0", "another text under a positive's docid"))
+                negatives += [
+                    passage("p0", f"{text} p0"),
+                    passage("n9", f"{text.upper()}  n0", "other title"),
+                ]
             records.append(
                 {
                     "query_id": str(q),
@@ -56,7 +60,7 @@ def test_flagembedding(topics):
     assert (
         {lang: len(of) for lang, of in lines.items()} == dict.fromkeys(TEXTS, 3) == meta["counts"]["by_lang"]
     )
-    assert meta["counts"]["positives_left_out"] == 6
+    assert meta["counts"]["positives_left_out"] == 6 and meta["counts"]["copies_left_out"] == 3
     th = lines["th"][0]
     assert th["query"] == TEXTS["th"] + " 0?" and th["pos"] == [f"T\n{TEXTS['th']} p0", f"{TEXTS['th']} P1"]
     assert th["neg"] == [f"T\n{TEXTS['th']} n{j}" for j in (0, 2, 3)]
@@ -102,3 +106,80 @@ def test_it_loads_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "tests")
     assert done.stdout.strip() == "False", done.stderr
+
+
+def test_what_a_row_cannot_hold_is_counted(topics):
+    _, meta = exported(topics, "sentence-transformers")
+    assert meta["counts"]["further_positives_left_out"] == 9  # of each of nine queries its second
+    assert meta["counts"]["further_negatives_left_out"] == 3 * 1 + 3 * 2  # zh-Hant 4, fa 5, th 3
+
+
+def test_an_answer_to_the_same_question_under_another_id_is_no_negative(tmp_path):
+    path = tmp_path / "topics.jsonl"
+    records = [
+        {
+            "query_id": name,
+            "lang": "sw",
+            "query": text,
+            "positive_passages": [passage(f"p{name}", f"jibu {name}")],
+            "negative_passages": [passage("pa", "jibu a"), passage("pb", "jibu b"), passage("n", "lingine")],
+        }
+        for name, text in (("a", "Nani mfalme?"), ("b", "NANI  mfalme?"), ("c", "Nani rais?"))
+    ]
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), "utf-8")
+    lines, meta = exported(path, "flagembedding")
+    assert [line["neg"] for line in lines["sw"]] == [
+        ["T\nlingine"],
+        ["T\nlingine"],
+        ["T\njibu a", "T\njibu b", "T\nlingine"],
+    ]
+    assert meta["counts"]["positives_left_out"] == 4
+
+
+def test_documents_of_a_title_alone_are_told_apart(tmp_path):
+    path = tmp_path / "topics.jsonl"
+    record = {
+        "query_id": "1",
+        "lang": "fi",
+        "query": "?",
+        "positive_passages": [passage("p", "", "Turku")],
+        "negative_passages": [
+            passage("n0", "", "Oulu"),
+            passage("n1", "", "Pori"),
+            passage("n2", "", "TURKU"),
+        ],
+    }
+    path.write_text(json.dumps(record) + "\n", "utf-8")
+    lines, _ = exported(path, "flagembedding")
+    assert lines["fi"] == [{"query": "?", "pos": ["Turku\n"], "neg": ["Oulu\n", "Pori\n"]}]
+
+
+def test_sentence_transformers_trains_a_step_on_its_export(topics, tmp_path):
+    from datasets import load_dataset
+    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+    from sentence_transformers import SentenceTransformerTrainingArguments as Arguments
+    from sentence_transformers.sentence_transformer import losses
+
+    exported(topics, "sentence-transformers")
+    files = sorted((topics.parent / "sentence-transformers").glob("*.jsonl"))
+    reading = {"split": "train", "cache_dir": str(tmp_path / "cache")}
+    data = {path.stem: load_dataset("json", data_files=str(path), **reading) for path in files}
+    assert {lang: len(of) for lang, of in data.items()} == dict.fromkeys(TEXTS, 3)
+    words = [word for text in TEXTS.values() for word in text.split()]
+    model = SentenceTransformer(sentence_transformer(tmp_path / "model", words), device="cpu")
+    before = [parameter.clone() for parameter in model.parameters()]
+    arguments = Arguments(
+        output_dir=str(tmp_path / "out"),
+        max_steps=1,
+        per_device_train_batch_size=3,
+        learning_rate=1e-2,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = SentenceTransformerTrainer(
+        model, arguments, train_dataset=data, loss=losses.MultipleNegativesRankingLoss(model)
+    )
+    trainer.train()
+    assert any((a != b).any() for a, b in zip(before, model.parameters(), strict=True))

@@ -381,7 +381,7 @@ def test_lang_and_limit_change_what_is_shown(report, tmp_path):
     assert row(scores, "**avg of 2**")[2:8] == ["40.0", "50.0", "52.5", "+2.5", "", ""]
     assert row(section(text, "False negatives"), "**all**")[1:4] == ["1000", "130", "13.0"]
     assert row(section(text, "Where the negatives"), "**all**")[1] == "200"
-    assert row(section(make_report(report, run, "--limit", "7"), "Where the negatives"), "**all**")[1] == "28"
+    assert row(section(make_report(report, run, "--limit", "7"), "Where the negatives"), "**all**")[1] == "84"
     (run / "topics.jsonl").unlink()
     assert "**Left out**: Scores by language (Table 1)" in make_report(report, run, "--lang", "fi")
 

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import unicodedata
 
 import pytest
 from conftest import ROOT, load_stage, run_stage
@@ -256,6 +257,107 @@ def test_bad_records_stop_every_stage(tevatron, encoder, tmp_path, change, compl
         with pytest.raises(DataError, match=re.escape(complaint)):
             load_stage(script).main([str(a) for a in arguments])
         assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_two_texts_under_one_docid_stop_every_stage(tevatron, encoder, tmp_path):
+    records = read(tevatron)
+    records[3]["negative_passages"][2]["text"] = (
+        "another text"  # "1#1", a negative of the third, the sixth's positive
+    )
+    tevatron.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
+    words = f"{tevatron}:4: docid '1#1' has another text at {tevatron}:3; make new docids: "
+    words += "00_prepare_data.py --source tevatron --docids-from-texts"
+    for script, *flags in (
+        ("02_filter_false_negatives", "--llm", "x", "--base-url", "http://127.0.0.1:9/v1"),
+        ("04_cluster_topics", "--encoder", encoder),
+        ("05_train", "--encoder", encoder, "--topic-power", "1", "--negatives", 4),
+        ("05a_export", "--layout", "tevatron"),
+    ):
+        arguments = ["--input", tevatron, "--lang", "en", *flags, "--out", tmp_path / "out"]
+        with pytest.raises(DataError, match=re.escape(words)):
+            load_stage(script).main([str(a) for a in arguments])
+        assert not (tmp_path / "out").exists()
+
+
+def test_the_remedy_against_two_texts_under_one_docid_helps(tmp_path, encoder):
+    records = [
+        {
+            "query_id": str(n),
+            "lang": "en",
+            "query": f"question {n}",
+            "positive_passages": [{"docid": "p0", "title": "", "text": f"answer {n}"}],
+            "negative_passages": [
+                {"docid": f"n{i}", "title": "", "text": f"other {n} {i}"} for i in range(2)
+            ],
+        }
+        for n in range(12)
+    ]
+    path = tmp_path / "numbered.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), "utf-8")
+    flags = ["--encoder", encoder, "--topic-power", 1, "--negatives", 2, "--batch-size", 5, "--dev-share", 0]
+    flags += ["--max-steps", 0, "--epochs", 1, "--out", tmp_path / "model"]
+    flags = [*map(str, flags), "--log-batches", str(tmp_path / "batches.jsonl")]
+    train = load_stage("05_train").main
+    with pytest.raises(DataError, match="--docids-from-texts"):
+        train(["--input", str(path), *flags])
+    done = run_stage(
+        "00_prepare_data.py",
+        "--source",
+        "tevatron",
+        "--docids-from-texts",
+        "--root",
+        path,
+        "--out",
+        tmp_path / "data",
+    )
+    assert done.returncode == 0, done.stderr
+    train(["--input", str(tmp_path / "data/train.jsonl"), *flags])
+    sizes = [len(batch["query_ids"]) for batch in read(tmp_path / "batches.jsonl")]
+    assert sizes == [5] * len(sizes)  # not one query a batch, which all share "p0"
+
+
+def test_one_text_in_another_spelling_or_under_another_title_is_one_text(tevatron):
+    from common import read_queries
+
+    records = read(tevatron)
+    korean = records[2]["positive_passages"][0]
+    spelt = {"docid": korean["docid"], "text": unicodedata.normalize("NFD", korean["text"]) + " \n"}
+    records[4]["negative_passages"].append(spelt)
+    tevatron.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
+    assert len(list(read_queries(tevatron, ["en"]))) == 6
+
+
+def test_limit_counts_the_queries_of_each_language_in_every_stage(tevatron, encoder, tmp_path):
+    from common import read_queries
+
+    records = [r | {"lang": lang} for r in read(tevatron) for lang in ("sw", "te", "th")]
+    records = [r for r in records if (r["lang"], r["query_id"]) != ("te", "q1")]
+    tevatron.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
+    wanted = [("sw", "q1"), ("th", "q1"), ("sw", "q2"), ("te", "q2"), ("th", "q2"), ("te", "q3")]
+    assert [(r["lang"], r["query_id"]) for r in read_queries(tevatron, limit=2)] == wanted
+    assert len(list(read_queries(tevatron, ["te", "sw"], 1))) == 2
+    flags = ["--input", str(tevatron), "--limit", "2", "--out"]
+    load_stage("04_cluster_topics").main(
+        [
+            *flags,
+            str(tmp_path / "topics.jsonl"),
+            "--encoder",
+            str(encoder),
+            "--cache",
+            str(tmp_path),
+            "--topics",
+            "1",
+        ]
+    )
+    assert [(r["lang"], r["query_id"]) for r in read(tmp_path / "topics.jsonl")] == wanted
+    load_stage("05a_export").main([*flags, str(tmp_path / "fe"), "--layout", "flagembedding"])
+    assert {p.stem: len(read(p)) for p in (tmp_path / "fe").iterdir()} == {"sw": 2, "te": 2, "th": 2}
+    args = (
+        load_stage("05_train")
+        .build_parser()
+        .parse_args([*flags, str(tmp_path / "m"), "--encoder", "x", "--topic-power", "1", "--negatives", "4"])
+    )
+    assert [(q.lang, q.query_id) for q in load_stage("05_train").read_index(args)] == wanted
 
 
 def test_bad_input_is_one_line_and_exit_status_2(tevatron, tmp_path):

@@ -79,7 +79,7 @@ class Query(NamedTuple):
     query_id: str
     topic: int
     offset: int   # of its line in the file
-    marks: tuple  # hashes of its question and its positives, which no other query of a batch may share
+    marks: tuple  # hashes of its question and what answers it, which no other query of a batch may share
 
 
 def read_index(args):
@@ -101,14 +101,18 @@ def read_index(args):
                             "with 04_cluster_topics.py, or drop it and pass --topic-power 1")
         marks = [normalise(record["query"]), *((key[0], p["docid"]) for p in record["positive_passages"])]
         queries.append(Query(*key, topic, starts[number - 1], tuple(map(hash, marks))))
-    return queries
+    answers = defaultdict(set)  # {question: marks of all that ask it}: it may stand under several ids
+    for query in queries:
+        answers[query.lang, query.marks[0]].update(query.marks)
+    return [query._replace(marks=tuple(answers[query.lang, query.marks[0]])) for query in queries]
 
 
 def read_records(file, queries):
     """Yield the record of each query, from the open input."""
     for query in queries:
         file.seek(query.offset)
-        yield parse_query(file.name, f"byte {query.offset}", file.readline(), [query.lang])
+        record = parse_query(file.name, f"byte {query.offset}", file.readline(), [query.lang])
+        yield record | {"marks": query.marks}
 
 
 def by_language(queries):
@@ -208,8 +212,8 @@ def choose(record, visit, args):
 
 
 def names(lang, passages):
-    """By what passages are known again: docid or text, since a corpus may hold one text under two docids."""
-    return {name for p in passages for name in ((lang, p["docid"]), text_key(p))}
+    """Hashes of what passages are known by: docid or text, which a corpus may hold under two docids."""
+    return {hash(name) for p in passages for name in ((lang, p["docid"]), text_key(p))}
 
 
 def collate(records, uses, args):
@@ -224,6 +228,7 @@ def collate(records, uses, args):
     masked = np.zeros((len(records), len(passages)), bool)
     for n, record in enumerate(records):
         relevant = names(record["lang"], record["positive_passages"] + record.get("false_negatives", []))
+        relevant.update(record.get("marks", ()))  # also of the same question under another id
         masked[n] = [not relevant.isdisjoint(of) for of in known]
         masked[n] |= args.no_in_batch & (owner != n)
         masked[n, target[n]] = False

@@ -316,6 +316,29 @@ def test_the_remedy_against_two_texts_under_one_docid_helps(tmp_path, encoder):
     assert sizes == [5] * len(sizes)  # not one query a batch, which all share "p0"
 
 
+def test_what_answers_the_same_question_under_another_id_is_masked_in_training(tevatron, tmp_path):
+    records = read(tevatron)[:3]
+    records[1]["query"] = (
+        " WHAT is the capital of Kenya? "  # "q2" as "q1"; its positive is "6#1", that of "q1" "5#0"
+    )
+    tevatron.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
+    stage = load_stage("05_train")
+    flags = ["--input", tevatron, "--lang", "en", "--encoder", "x", "--topic-power", 1, "--negatives", 4]
+    args = stage.build_parser().parse_args([*map(str, flags), "--out", str(tmp_path / "m")])
+    queries = stage.read_index(args)
+    assert set(queries[0].marks) == set(queries[1].marks) and not set(queries[0].marks) & set(
+        queries[2].marks
+    )
+    with open(tevatron, "rb") as file:
+        twin, other = stage.read_records(file, queries[1:])
+    passages, target, masked = stage.collate([twin, other], [0, 0], args)
+    docids = [p["docid"] for p in passages]
+    assert [docids[i] for i, mask in enumerate(masked[0]) if mask] == [
+        "5#0"
+    ]  # its own negative, the other's answer
+    assert not masked[1].any() and [docids[i] for i in target] == ["6#1", "2#0"]
+
+
 def test_one_text_in_another_spelling_or_under_another_title_is_one_text(tevatron):
     from common import read_queries
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (DataError, Output, Parser, corpus_files, positive_int, read_lines, read_queries, run, say,
-                    short_name)
+from common import (DataError, Output, Parser, corpus_files, fetch_passages, normalise, passage_text,
+                    positive_int, read_lines, read_queries, run, say, short_name, text_key)
 from encoder import encoder_flags, flags_given
 from search import Ensemble, check_settings
 
@@ -120,6 +120,18 @@ def run_lines(ranking, tag):
             yield f"{query_id} Q0 {docid} {rank} {score:.6f} {tag}\n"
 
 
+def without_itself(lang, queries, hits, args):
+    """Each query's hits without the passage that is the query itself, which has its id and text (ArguAna)."""
+    own = {hit["row"]: q for q, found in zip(queries, hits) for hit in found if hit["docid"] == q}
+    passages = fetch_passages(args.data, lang, own) if own else {}
+    itself = {(own[row], passage["docid"]) for row, passage in passages.items()
+              if normalise(queries[own[row]]) in (text_key(passage), normalise(passage_text(passage)))}
+    if itself:
+        say(f"{lang}: {len(itself)} queries found themselves, which is left out")
+    return [[hit for hit in found if (q, hit["docid"]) not in itself][:args.depth]
+            for q, found in zip(queries, hits)]
+
+
 def make_runs(model, name, args, queries, inputs, digests):
     """[meta] of a model's run files by language, made where they are missing; the model is loaded once.
 
@@ -135,8 +147,10 @@ def make_runs(model, name, args, queries, inputs, digests):
         output = Output(Namespace(**own, corpus=digests[lang]), inputs[lang],
                         [m for m in (model, tokenizer) if m], run_path(args.out, name, lang))
         if not output.is_done():
-            ensemble = ensemble or Ensemble([model], args.data, args.cache, bm25_tokenizer=tokenizer, **reading)
-            hits, _ = ensemble.search(lang, list(queries[lang].values()), args.depth)
+            ensemble = ensemble or Ensemble([model], args.data, args.cache, bm25_tokenizer=tokenizer,
+                                            **reading)
+            hits, _ = ensemble.search(lang, list(queries[lang].values()), args.depth + 1)
+            hits = without_itself(lang, queries[lang], hits, args)
             ranking = {query_id: [(hit["docid"], hit["score"]) for hit in found]
                        for query_id, found in zip(queries[lang], hits)}
             for encoder, cut in ensemble.count_cut([lang], list(queries[lang].values())).items():

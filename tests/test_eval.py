@@ -230,6 +230,21 @@ def test_the_rank_column_is_trec_evals_order(made):
             assert metrics[model][lang]["ndcg@10"] == pytest.approx(mean, abs=6e-6)
 
 
+def test_a_passage_that_is_the_query_is_left_out_and_one_that_only_has_its_id_is_not(stage, tmp_path, capsys):
+    texts = {"a": "punda milia wana mistari", "b": "punda milia wana mistari mingi", "c": "simba ni mkali"}
+    passages = [{"docid": docid, "title": "", "text": text} for docid, text in texts.items()]
+    write(tmp_path / "data/corpus/sw.jsonl", passages)
+    queries = {"a": "Punda milia wana  mistari", "c": "punda milia"}  # a is passage a, c is not passage c
+    more = {"lang": "sw", "positive_passages": passages[1:2], "negative_passages": []}
+    write(tmp_path / "data/dev.jsonl", [{"query_id": q, "query": text} | more for q, text in queries.items()])
+    write(tmp_path / "data/qrels/dev/sw.tsv", ["a\t0\tb\t1\n", "c\t0\tb\t1\n"])
+    evaluate(stage, tmp_path, tmp_path / "eval", "bm25")
+    run = [line.split() for line in (tmp_path / "eval/runs/bm25.sw.trec").read_text("utf-8").splitlines()]
+    assert [docid for query_id, _, docid, *_ in run if query_id == "a"] == ["b", "c"]
+    assert [docid for query_id, _, docid, *_ in run if query_id == "c"] == ["a", "b"]
+    assert "1 queries found themselves" in capsys.readouterr().err
+
+
 def test_scores_that_are_one_float32_are_ranked_by_docid_descending(stage):
     # 40.000000 and 40.000001 are two numbers in the file and one in trec_eval's float32
     lines = [

@@ -231,7 +231,7 @@ def test_the_rank_column_is_trec_evals_order(made):
 
 
 def test_a_passage_that_is_the_query_is_left_out_and_one_that_only_has_its_id_is_not(stage, tmp_path, capsys):
-    texts = {"a": "punda milia wana mistari", "b": "punda milia wana mistari mingi", "c": "simba ni mkali"}
+    texts = {"a": "punda milia wana mistari", "b": "punda milia wana mistari mingi", "c": "simba wana nywele"}
     passages = [{"docid": docid, "title": "", "text": text} for docid, text in texts.items()]
     write(tmp_path / "data/corpus/sw.jsonl", passages)
     queries = {"a": "Punda milia wana  mistari", "c": "punda milia"}  # a is passage a, c is not passage c

@@ -122,12 +122,16 @@ def by_language(queries):
 
 
 def hold_out(queries, dev_share, seed):
-    """(train, dev): dev is a random share of each language, none of a language with under 5 queries."""
+    """(train, dev): dev is a random share of each language, none of a language with under 5 queries.
+
+    A question with several ids is held out under all of them.
+    """
     dev = set()
     for lang, members in by_language(queries).items():
         members.sort(key=lambda query: random.Random(f"{seed}:{lang}:{query.query_id}").random())
         n_dev = max(1, round(dev_share * len(members))) if dev_share and len(members) >= 5 else 0
-        dev.update(members[:n_dev])
+        asked = {query.marks[:1] for query in members[:n_dev]}
+        dev.update(query for query in members if query.marks[:1] in asked)
     return [query for query in queries if query not in dev], [query for query in queries if query in dev]
 
 

@@ -338,7 +338,7 @@ def test_batches_are_written_without_torch(tmp_path):
 def test_a_share_of_every_language_is_held_out_at_random():
     """Neither the first queries nor one a language, and others with another seed."""
     queries = [
-        stage.Query(lang, str(i), 0, 0, ())
+        stage.Query(lang, str(i), 0, 0, (f"{lang} {i}?",))
         for lang, n in (("sw", 200), ("te", 31), ("yo", 4))
         for i in range(n)
     ]
@@ -349,6 +349,8 @@ def test_a_share_of_every_language_is_held_out_at_random():
     assert max(numbers) > 150 and min(numbers) < 50 and len(set(numbers) & set(range(20))) < 10
     assert {q.query_id for q in stage.hold_out(queries, 0.1, 14)[1]} != {q.query_id for q in dev}
     assert stage.hold_out(queries, 0, 13)[1] == []
+    again = stage.Query("sw", "again", 0, 0, dev[0].marks)  # the question of a held-out query under another id
+    assert set(stage.hold_out([*queries, again], 0.1, 13)[1]) >= {again, dev[0]}
 
 
 def test_same_seed_same_batches_another_seed_others(tmp_path):

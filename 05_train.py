@@ -130,8 +130,8 @@ def hold_out(queries, dev_share, seed):
     for lang, members in by_language(queries).items():
         members.sort(key=lambda query: random.Random(f"{seed}:{lang}:{query.query_id}").random())
         n_dev = max(1, round(dev_share * len(members))) if dev_share and len(members) >= 5 else 0
-        asked = {query.marks[:1] for query in members[:n_dev]}
-        dev.update(query for query in members if query.marks[:1] in asked)
+        asked = {query.marks for query in members[:n_dev]}
+        dev.update(query for query in members if query.marks in asked)
     return [query for query in queries if query not in dev], [query for query in queries if query in dev]
 
 

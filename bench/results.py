@@ -62,6 +62,18 @@ python bench/results.py --collect runs/sample sample
 
 ```bash
 make all DATA_SOURCE=miracl DATA_ROOT=../shared/data/minimiracl LANGS="sw te id ar zh"
+```
+
+and the usual recipe beside it: the best candidates as negatives, mixed batches, no weights.
+
+```bash
+python 01_mine_candidates.py --data data/minimiracl --retrievers bm25 models/minimiracl --fusion rrf \\
+    --strategy topk --depth 30 --out runs/minimiracl/naive/negatives.jsonl
+python 05_train.py --input runs/minimiracl/naive/negatives.jsonl --encoder models/minimiracl --mixed \\
+    --topic-power 1 --weighting none --epochs 8 --lr 1e-3 --temperature 0.05 --out runs/minimiracl/naive/naive
+python 06_eval.py --data data/minimiracl --models bm25 models/minimiracl runs/minimiracl/naive/naive \\
+    runs/minimiracl/model --baseline models/minimiracl runs/minimiracl/naive/naive --out runs/minimiracl/eval
+python 06a_report.py --run runs/minimiracl --out runs/minimiracl/eval
 python bench/results.py --collect runs/minimiracl minimiracl-5
 ```
 
@@ -88,7 +100,7 @@ tokens are bytes / 4.
 ## From naive negatives to the full method, fifteen languages
 
 Every language of mini-MIRACL that has training queries, with the path from naive negatives to the full method,
-languages drawn in other proportions, and stage 3 without its parts. With the updates of four epochs:
+languages drawn in other proportions, and batches without topics or weights. With the updates of four epochs:
 
 ```bash
 LANGS="ar bn en es fa fi fr hi id ja ko ru sw te zh"

@@ -81,6 +81,10 @@ def test_a_difference_to_each_baseline_is_shown_and_that_of_two_baselines_once(t
 
 def test_commands_use_flags_that_exist():
     text = PAGE.replace("\\\n", " ").replace("$LANGS", "sw te")
+    found = re.findall(r"^python (0\d\w+\.py) (.*)$", text, re.M)
+    assert len(found) == 4
+    for script, arguments in found:
+        load_stage(script.removesuffix(".py")).build_parser().parse_args(shlex.split(arguments))
     (arguments,) = re.findall(r"^python bench/ablations.py (.*)$", text, re.M)
     args = load_stage("bench/ablations").build_parser().parse_args(shlex.split(arguments))
     assert args.lang == ["sw", "te"] and len(args.rows) == 8

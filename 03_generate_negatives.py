@@ -45,31 +45,31 @@ copy sentences. Answer with the text of the passage and nothing else."""
 SAMPLING = {"temperature": 0.7, "top_p": 0.9}                  # the authors' release
 MAX_TOKENS = {"summary": 256, "query": 128, "written": 512}    # likewise; the release writes no passages
 TRIES = {"summary": 3, "query": 3, "written": 1}               # a seed each; then the guards' no is final
-# What a text must be like, measured on MIRACL's 53,698 questions in 18 languages and on mini-MIRACL's 2,262
-# in 15 with their positives, whose first two sentences stand for a summary; "least" and "most" are theirs.
-MIN_LANGUAGE = {"summary": 0.5, "query": 0.1, "written": 0.5}   # probability; of questions 0.1 at least
-MIN_DISTINCT = {"summary": 0.4, "query": 0.6, "written": 0.25}  # share of a text's runs that differ from one
-#                          another; least: 0.45, 0.60, 0.28 of passages. Loops repeat themselves
-MIN_LETTERS = 0.4     # share of letters; least: 0.50
-MAX_UNSEEN = 0.75     # share of a text's runs that the language's texts do not have; most: 0.67
-MAX_QUERY = 200       # characters; most: 185
-SHORT = {2: 110, 3: 250}  # characters of two sentences (medians: 95 to 117, 161 to 307), by Guard.n
-CLOSER = 0.87         # share of other passages with no more in common with a text than its own passage has:
-#                       0.7% of questions fall short (mostly misjudged pairs), 84% of those about something else
+# What texts must be like, and real ones: MIRACL's 53,698 questions in 18 languages, mini-MIRACL's 2,262 in 15
+# with their positives, whose first two sentences stand for summaries
+MIN_LANGUAGE = {"summary": 0.5, "query": 0.1, "written": 0.5}   # probability; questions 0.1 at least
+MIN_DISTINCT = {"summary": 0.4, "query": 0.6, "written": 0.25}  # share of different runs; 0.45, 0.60, 0.28
+CLOSER = {"summary": 0.9, "query": 0.83}  # share of passages with no more in common with a text than its own
+#                       has; 0 and 0.4% fall short, and 86% and 79% of those about another passage
+MIN_LETTERS = 0.4     # share of characters; 0.50 at least
+MAX_UNSEEN = 0.75     # share of a text's runs that the language's texts do not have; 0.67 at most
+MAX_QUERY = 200       # characters; 185 at most
+SHORT = {2: 110, 3: 250}  # characters of two sentences, by Guard.n; medians 95 to 117, 161 to 307
 COPY = 0.8            # resemblance (Broder 1997: Jaccard of 5-grams) from which a text repeats another
+ECHO = 20             # characters of the instructions that no text has; none of these
 GUARD_SAMPLE = 2_000  # passages of a language that tell its usual length and runs of letters
 OTHERS = 200          # of them that a text is compared with
 MAX_WRITTEN = 0.5     # share of N that may be written: more teaches to tell sources apart, not relevance
 ENOUGH = 20           # answers of a language from which --max-drift counts; of fewer, all are rejected
 DRIFT_SAMPLE = 50     # negatives a language and source whose similarities are averaged in the summary
-# None of the questions has one of these: apologies; labels of prompts, marks of chat templates, HTML,
-# markdown, JSON; at its start a label (but one question), 1. or a) (but two, of P. Diddy and R. Kelly)
 REFUSAL = re.compile(r"((i'?m |i am |we are )?(so |very )?sorry\b|i apologi[sz]e|unfortunately\b|as an ai\b|"
                      r"i (can ?not|can'?t|could ?n[o']t|am unable)\b)", re.IGNORECASE)
-MARKUP = re.compile(r"(?<!\w)(question|passage|answers it|summary|language|query|input|output|answer|"
-                    r"instruction|response|user|assistant|system)\s*[:：]|</?[a-z|｜_][^<>]{0,40}>|"
-                    r"\[/?(INST|SYS|PAD|UNK|CLS|SEP|MASK)\]|###|```|\*\*|https?://|www\.|\{\s*\"", re.IGNORECASE)
-NUMBERED = re.compile(r"[^\s:：\d]{1,20} ?[:：]|\W*(\d{1,2}|[a-z])[.)](\s|$)", re.IGNORECASE)
+MARKUP = re.compile(  # numbers of lists, labels of prompts, chat templates, HTML, JSON; in 2 of the questions
+    r"^\W*(\d{1,2}|[a-z])[.)](\s|$)|(?<!\w)(question|passage|answers it|summary|language|query|input|output|"
+    r"answer|instruction|response|user|assistant|system)\s*[:：]|</?[a-z|｜_][^<>]{0,40}>|"
+    r"\[/?(INST|SYS|PAD|UNK|CLS|SEP|MASK)\]|###|```|\*\*|https?://|www\.|\{\s*\"", re.IGNORECASE)
+
+
 
 def build_parser():
     parser = Parser(__doc__).common_flags()
@@ -157,9 +157,8 @@ class Guard:
         path, lines = next(common.read_shards(data, lang))
         passages = list(common.read_passages(path, lines[:GUARD_SAMPLE]))
         lengths = sorted(len(passage["text"]) for passage in passages)
-        rare = len(lengths) // 20  # corpora are cut to one size: half the 5% to twice the 95% quantile
-        self.lengths = {"summary": (1, math.inf), "query": (1, MAX_QUERY),
-                        "written": (lengths[rare] / 2, 2 * lengths[-1 - rare])}
+        low, high = (lengths[int(share * len(lengths))] for share in (0.05, 0.95))  # cut to one size
+        self.lengths = {"summary": (1, math.inf), "query": (1, MAX_QUERY), "written": (low / 2, 2 * high)}
         self.lang = lang
         self.n = 2 if lang in ("ja", "ko", "zh") else 3  # scripts of thousands of characters
         texts = list(map(passage_text, passages)) + questions
@@ -185,24 +184,23 @@ class Guard:
         reasons = {
             "empty": not text,
             "refused": REFUSAL.match(text),
+            "prompt": set(grams(text, ECHO)) & set(grams(SUMMARISE + ASK + WRITE, ECHO)),
             "markup": MARKUP.search(text),
-            "numbered": kind == "query" and NUMBERED.match(text),
             "language": self.can_tell and dict(self.identifier.rank(text))[self.lang] < MIN_LANGUAGE[kind],
             "gibberish": n_unseen > MAX_UNSEEN * len(found) or n_letters < MIN_LETTERS * len(text),
             "loop": len(set(found)) < MIN_DISTINCT[kind] * len(found),
             "length": not least <= len(text) <= most,
             "repeats": repeats(text, others) or kind == "query" and normalise(text) in normalise(about),
-            "off the subject": about and self.closeness(text, about) < CLOSER}
+            "off the subject": about and self.closeness(text, about) < CLOSER[kind]}
         return next((reason for reason, holds in reasons.items() if holds), None)
 
     def closeness(self, text, about):
         """Share of passages that have no more of the text's telling runs than `about` has, in [0, 1]."""
-        weight = {run: math.log((self.n_texts + 1) / (self.seen[run] + 1)) ** 2 for run in self.runs(text)}
-
-        def shared(runs):
-            return round(sum(weight[run] for run in weight.keys() & runs), 6)  # whatever a set's order
-        own = shared(self.runs(about))
-        return sum(shared(other) <= own for other in self.others) / len(self.others) if own else 0
+        weight = {run: math.log((self.n_texts + 1) / (self.seen[run] + 1)) ** 2
+                  for run in sorted(self.runs(text))}  # a sum depends on the order
+        own, *others = (sum(weight[run] for run in weight if run in runs)
+                        for runs in (self.runs(about), *self.others))
+        return sum(other <= own for other in others) / len(others) if own else 0
 
     def runs(self, text):
         """The text's different runs of 3 and 4 characters, or of 2 and 1."""
@@ -382,9 +380,11 @@ async def generate_all(short, ensemble, args):
             await stack.enter_async_context(model)
         for lang, queries in common.progress(sorted(short.items()), desc="generate", unit="language"):
             await Generation(lang, queries, ensemble, models[0], models[-1], args).bring_to_target()
+    calls = defaultdict(Counter)
     for model in models:
         say(model.summary())
-    return {model.model: dict(model.stats) for model in models}
+        calls[model.model] += model.stats
+    return calls
 
 
 def finished(short, sources, args):
@@ -409,16 +409,18 @@ def cosines(lang, queries, ensemble, args):
             pairs[passage.get("source", "given")].append((query.record, passage))
     rows = range(ensemble.n_passages(lang))
     drawn = fetch_passages(args.data, lang, draw.sample(rows, min(DRIFT_SAMPLE, len(rows)))).values()
-    pairs["random"] += [(query.record, passage) for query, passage in zip(itertools.cycle(queries), drawn)
-                        if not marks(passage) & query.known]
+    for query, passage in zip(itertools.cycle(queries), drawn):
+        if not marks(passage) & query.known:
+            pairs["random"].append((query.record, passage))
     table = {}
     for source, of_source in sorted(pairs.items()):
-        sample = draw.sample(of_source, min(DRIFT_SAMPLE, len(of_source)))
-        queries = encoder.encode([record["query"] for record, _ in sample], "query")  # (n, D)
-        positives, negatives = (encoder.encode(list(map(passage_text, passages)), "passage") for passages in (
-            [record["positive_passages"][0] for record, _ in sample], [passage for _, passage in sample]))
-        table[source] = {"n": len(sample), "query": round(float((queries * negatives).sum(1).mean()), 3),
-                         "positive": round(float((positives * negatives).sum(1).mean()), 3)}
+        records, passages = zip(*draw.sample(of_source, min(DRIFT_SAMPLE, len(of_source))))
+        negatives = encoder.encode(list(map(passage_text, passages)), "passage")  # (n, D)
+        queries = encoder.encode([record["query"] for record in records], "query")
+        positives = [passage_text(record["positive_passages"][0]) for record in records]
+        table[source] = {"n": len(records)} | {
+            what: round(float((vectors * negatives).sum(1).mean()), 3)
+            for what, vectors in (("query", queries), ("positive", encoder.encode(positives, "passage")))}
     return table
 
 
@@ -435,12 +437,11 @@ def report(output, n_queries, short, sources, ensemble, calls, args):
         if short[lang] and ensemble.encoders:
             table = by_lang[lang]["cosines"] = cosines(lang, short[lang], ensemble, args)
             say(f"{lang}: mean cosines of negatives: {table}")
-            for source in table.keys() & {"generated-query", "written"}:
-                if table[source]["query"] <= table["random"]["query"]:
+            random_query = table.get("random", {"query": -1})["query"]
+            for source in ("generated-query", "written"):
+                if source in table and table[source]["query"] <= random_query:
                     say(f"{lang}: warning: {source} negatives are no closer to the queries than random ones; "
                         "look at the examples, tune the generator (03a_tune_generator.py) or take another")
-    if not ensemble.encoders:
-        say("no cosines of negatives without a dense retriever")
     queries = [query for lang in sorted(short) for query in short[lang]]
     added = [{key: query.record[key] for key in ("lang", "query_id", "query", "generated_query")} | passage
              for query in queries for passage in query.record["negative_passages"][query.n_given:]]
@@ -457,10 +458,9 @@ def report(output, n_queries, short, sources, ensemble, calls, args):
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    if args.mode == "write" and args.no_judge_new:
-        raise DataError("--no-judge-new: what the LLM writes is always judged; take --mode retrieve")
-    if args.no_judge_new and (args.judge_llm or args.judge_base_url):
-        raise DataError("--no-judge-new: no judge is asked; leave out --judge-llm and --judge-base-url")
+    if args.no_judge_new and (args.mode == "write" or args.judge_llm or args.judge_base_url):
+        raise DataError("--no-judge-new asks no judge: with --mode write, --judge-llm, --judge-base-url leave it "
+                        "out")
     short, n_queries = find_short(args)
     if args.dry_run:
         estimate([query.missing for queries in short.values() for query in queries], args)

@@ -138,10 +138,9 @@ def find_short(args):
 def estimate(missing, args):
     """Print the calls for queries with so many missing: where all is accepted at once, and at most."""
     votes = 0 if args.no_judge_new else args.votes
-    if args.mode == "retrieve":
-        least = sum(2 + n * votes for n in missing)
-        most = len(missing) * (TRIES["summary"] + TRIES["query"] + 2 * args.target * votes)
-    else:
+    least = sum(2 + n * votes for n in missing)
+    most = len(missing) * (TRIES["summary"] + TRIES["query"] + 2 * args.target * votes)
+    if args.mode == "write":
         least = most = sum(min(n, int(MAX_WRITTEN * args.target)) * (1 + votes) for n in missing)
     print(f"{len(missing)} short queries: {least} to {args.rounds * most} calls, at least about "
           f"{600 * least} prompt tokens (600 a call, mini-MIRACL's average)")
@@ -171,6 +170,8 @@ class Guard:
             languages |= set(common.LANGUAGES)
         self.identifier.set_languages(languages & set(self.identifier.labels))
         self.can_tell = lang in self.identifier.nb_classes
+        if not self.can_tell:
+            say(f"{lang}: the language detector does not know it; the language of new texts is not checked")
 
     def reason(self, text, kind, others=(), about=""):
         """Why a text (summary, query or written) is not used, or None.
@@ -187,8 +188,8 @@ class Guard:
             "prompt": set(grams(text, ECHO)) & set(grams(SUMMARISE + ASK + WRITE, ECHO)),
             "markup": MARKUP.search(text),
             "language": self.can_tell and dict(self.identifier.rank(text))[self.lang] < MIN_LANGUAGE[kind],
-            "gibberish": n_unseen > MAX_UNSEEN * len(found) or n_letters < MIN_LETTERS * len(text),
-            "loop": len(set(found)) < MIN_DISTINCT[kind] * len(found),
+            "gibberish": (n_unseen > MAX_UNSEEN * len(found) or n_letters < MIN_LETTERS * len(text)
+                          or len(set(found)) < MIN_DISTINCT[kind] * len(found)),
             "length": not least <= len(text) <= most,
             "repeats": repeats(text, others) or kind == "query" and normalise(text) in normalise(about),
             "off the subject": about and self.closeness(text, about) < CLOSER[kind]}
@@ -232,8 +233,6 @@ class Generation:
             raise DataError(f"{args.data}/corpus/{lang}: {self.n_passages} passages, {n_positives} of them "
                             f"positives, cannot give {args.target} negatives a query; lower --target")
         self.guard = Guard(args.data, lang, [query.record["query"] for query in queries])
-        if not self.guard.can_tell:
-            say(f"{lang}: the language detector does not know it; the language of new texts is not checked")
 
     async def bring_to_target(self):
         for self.round in range(self.args.rounds):
@@ -267,15 +266,15 @@ class Generation:
         question, positives = query.record["query"], query.record["positive_passages"]
         positive = positives[self.round % len(positives)]
         passage = passage_text(positive)
-        copies = [positive["text"], passage]
-        data = labelled(Question=question, Passage=passage)
+        others = [question, positive["text"], passage]
         is_short = len(positive["text"]) <= SHORT[self.guard.n]  # of two sentences: it is its own summary
-        others = [question] if is_short else [question, *copies]
-        summary = await self.generate("summary", query, SUMMARISE, data, others, passage)
+        data = labelled(Question=question, Passage=passage)
+        not_again = others[:1] if is_short else others
+        summary = await self.generate("summary", query, SUMMARISE, data, not_again, passage)
         if summary is None:
             return None
         about = f"{passage}\n{summary}"
-        new = await self.generate("query", query, ASK, labelled(Summary=summary), [question, *copies], about)
+        new = await self.generate("query", query, ASK, labelled(Summary=summary), others, about)
         if new and query.record["summary"] is None:
             query.record |= {"summary": summary, "generated_query": new}
         return new
@@ -403,17 +402,18 @@ def cosines(lang, queries, ensemble, args):
     """
     encoder = next(iter(ensemble.encoders.values()))
     draw = random.Random(f"{args.seed}:{lang}:cosines")
+    rows = range(ensemble.n_passages(lang))
+    drawn = fetch_passages(args.data, lang, draw.sample(rows, min(DRIFT_SAMPLE, len(rows)))).values()
     pairs = defaultdict(list)
+    pairs["random"] = [(query.record, passage) for query, passage in zip(itertools.cycle(queries), drawn)
+                       if not marks(passage) & query.known]
     for query in queries:
         for passage in query.record["negative_passages"]:
             pairs[passage.get("source", "given")].append((query.record, passage))
-    rows = range(ensemble.n_passages(lang))
-    drawn = fetch_passages(args.data, lang, draw.sample(rows, min(DRIFT_SAMPLE, len(rows)))).values()
-    for query, passage in zip(itertools.cycle(queries), drawn):
-        if not marks(passage) & query.known:
-            pairs["random"].append((query.record, passage))
     table = {}
     for source, of_source in sorted(pairs.items()):
+        if not of_source:  # each passage there is, is known
+            continue
         records, passages = zip(*draw.sample(of_source, min(DRIFT_SAMPLE, len(of_source))))
         negatives = encoder.encode(list(map(passage_text, passages)), "passage")  # (n, D)
         queries = encoder.encode([record["query"] for record in records], "query")
@@ -437,9 +437,8 @@ def report(output, n_queries, short, sources, ensemble, calls, args):
         if short[lang] and ensemble.encoders:
             table = by_lang[lang]["cosines"] = cosines(lang, short[lang], ensemble, args)
             say(f"{lang}: mean cosines of negatives: {table}")
-            random_query = table.get("random", {"query": -1})["query"]
             for source in ("generated-query", "written"):
-                if source in table and table[source]["query"] <= random_query:
+                if {source, "random"} <= set(table) and table[source]["query"] <= table["random"]["query"]:
                     say(f"{lang}: warning: {source} negatives are no closer to the queries than random ones; "
                         "look at the examples, tune the generator (03a_tune_generator.py) or take another")
     queries = [query for lang in sorted(short) for query in short[lang]]
@@ -459,8 +458,8 @@ def report(output, n_queries, short, sources, ensemble, calls, args):
 def main(argv=None):
     args = build_parser().parse_args(argv)
     if args.no_judge_new and (args.mode == "write" or args.judge_llm or args.judge_base_url):
-        raise DataError("--no-judge-new asks no judge: with --mode write, --judge-llm, --judge-base-url leave it "
-                        "out")
+        raise DataError("--no-judge-new asks no judge: leave it out with --mode write, which needs one, and "
+                        "with --judge-llm or --judge-base-url")
     short, n_queries = find_short(args)
     if args.dry_run:
         estimate([query.missing for queries in short.values() for query in queries], args)

@@ -368,7 +368,7 @@ def first_sentences(text, n=2):
 
 
 def garbage(record, other, stage, draw):
-    """{what: (query or summary, text)} that models which drift answer, in the record's language where it can."""
+    """{what: (query or summary, text)}: what models that drift answer, in the record's language if possible."""
     question, passage = record["query"], stage.passage_text(record["positive_passages"][0])
     language = stage.common.LANGUAGES[record["lang"]]
     summary = first_sentences(record["positive_passages"][0]["text"])
@@ -381,7 +381,7 @@ def garbage(record, other, stage, draw):
         "a label": ("query", draw.choice(["Input:", "Question:", "Summary:", "Output: 1", "Answer:"])),
         "a label and text": ("query", f"Summary: {summary[:60]}"),
         "labels": ("summary", f'Question: "{question}" Passage: "{passage[:200]}"'),
-        "marks": ("query", draw.choice(["<start_of_turn>user", "<|im_start|>assistant", "[INST]"]) + question),
+        "marks": ("query", draw.choice(["<start_of_turn>", "<|im_start|>user", "[INST]"]) + question),
         "marks at the end": ("summary", f"{summary}<|eot_id|><|start_header_id|>user"),
         "numbering": ("query", draw.choice(["1) A)", "1. 2. 3. 4.", "A) B) C) D)", f"1. {question}"])),
         "numbers": ("query", " ".join(str(number + i) for i in range(draw.randrange(5, 30)))),
@@ -397,7 +397,7 @@ def garbage(record, other, stage, draw):
         "a link": ("query", f"https://{record['lang']}.example.org/wiki/{word}"),
         "HTML": ("query", f"<b>{word}</b> <br/> {question}"),
         "JSON": ("query", json.dumps({"question": question}, ensure_ascii=False)),
-        "an apology": ("query", draw.choice(["I'm sorry, I cannot help with that.", "As an AI, I do not know."])),
+        "an apology": ("query", draw.choice(["I'm sorry, I cannot help.", "As an AI, I do not know."])),
     }
 
 
@@ -481,7 +481,6 @@ def test_questions_of_people_pass_and_garbage_does_not(lang, minimiracl):
 def minimiracl(tmp_path_factory):
     """(data folder, {lang: records}) of real questions, where mini-MIRACL is at hand."""
     root = ROOT.parent / "shared/data/minimiracl"
-    root = root if root.is_dir() else Path(os.environ.get("MINIMIRACL", root))
     if not root.is_dir():
         pytest.skip("mini-MIRACL is not beside the project (../shared/data/minimiracl)")
     data = tmp_path_factory.mktemp("minimiracl") / "data"
@@ -522,7 +521,7 @@ def test_the_judge_may_have_a_server_of_its_own(data, server, capsys):
     finally:
         judge.http.shutdown()
         judge.http.server_close()
-    assert {kind_of(b) for b in server.seen} == {"summary", "query"} == {kind_of(b) for b in server.seen}
+    assert {kind_of(b) for b in server.seen} == {"summary", "query"}
     assert {kind_of(b) for b in judge.seen} == {"judge"} and {b["model"] for b in judge.seen} == {"j"}
     printed = capsys.readouterr().err
     assert f"m: {len(server.seen)} calls" in printed and f"j: {len(judge.seen)} calls" in printed
@@ -538,7 +537,8 @@ def test_settings_and_version_are_the_generators(data, server):
     assert {b["top_p"] for b in server.seen if kind_of(b) != "judge"} == {0.5}
     assert not any("reasoning_effort" in b for b in server.seen if kind_of(b) == "judge")
     n = Counter(map(kind_of, server.seen))
-    generate(data, server, "--judge-llm", "j", "--llm-settings", settings, "--llm-version", "2", out="b.jsonl")
+    flags = ["--judge-llm", "j", "--llm-settings", settings, "--llm-version", "2"]
+    generate(data, server, *flags, out="b.jsonl")
     again = Counter(map(kind_of, server.seen)) - n
     assert again == {"summary": n["summary"], "query": n["query"]}  # the judge's are kept
 
@@ -557,7 +557,8 @@ def test_the_judge_of_new_passages_sees_the_reference_that_is_asked_for(data, se
 
     record = read(data / "in.jsonl")[0]
     corpus = read(data / f"data/corpus/{record['lang']}.jsonl")
-    record["positive_passages"] += [p for p in corpus if p["docid"] != record["positive_passages"][0]["docid"]][:9]
+    own = record["positive_passages"][0]["docid"]
+    record["positive_passages"] += [p for p in corpus if p["docid"] != own][:9]
     write(data / "in.jsonl", [record])
     generate(data, server, "--reference", which)
     shown = set()
@@ -602,7 +603,7 @@ def test_generated_negatives_are_shown_beside_random_ones(data, server, tmp_path
     far = {"n": 9, "query": 0.1, "positive": 0.1}
     monkeypatch.setattr(stage, "cosines", lambda *_: {"generated-query": far, "random": far})
     stage.main(arguments(data, server, *flags, out="far.jsonl"))
-    assert "sw: warning: generated-query negatives are no closer to the queries than" in capsys.readouterr().err
+    assert "sw: warning: generated-query negatives are no closer to the queries" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------- bad input, cache, cost

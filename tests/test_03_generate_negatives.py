@@ -11,7 +11,6 @@ import threading
 import time
 from collections import Counter, defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 import tiny_lm
@@ -38,6 +37,7 @@ class Server:
 
     def __init__(self):
         self.seen, self.reply, self.before = [], lambda kind, text: text, lambda: None
+        self.finish = "stop"
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -50,6 +50,7 @@ class Server:
                 answer = offline_llm.complete(json.dumps(body))
                 message = answer["choices"][0]["message"]
                 message["content"] = server.reply(kind_of(body), message["content"])
+                answer["choices"][0]["finish_reason"] = server.finish
                 data = json.dumps(answer).encode()
                 try:
                     self.send_response(200)
@@ -368,7 +369,7 @@ def first_sentences(text, n=2):
 
 
 def garbage(record, other, stage, draw):
-    """{what: (query or summary, text)}: what models that drift answer, in the record's language if possible."""
+    """{what: (query or summary, text)}: what models that drift answer, mostly in the record's language."""
     question, passage = record["query"], stage.passage_text(record["positive_passages"][0])
     language = stage.common.LANGUAGES[record["lang"]]
     summary = first_sentences(record["positive_passages"][0]["text"])
@@ -469,7 +470,7 @@ def test_questions_of_people_pass_and_garbage_does_not(lang, minimiracl):
     records = by_lang[lang][:200]
     guard = guard_of(stage, data, records)
     questions, summaries = own_questions_and_summaries(stage, guard, records)
-    passed, n = passing(stage, guard, records, random.Random(lang))
+    passed, n = passing(stage, guard, records[:60], random.Random(lang))
     print(lang, len(records), questions, summaries, passed, n.total())
     most = 2 if lang == "en" else 0.02 * len(records)
     assert len(records) - questions[None] <= most
@@ -511,7 +512,7 @@ def test_a_short_passage_may_be_its_own_summary_but_no_query(data, server):
         generate(data, server, out="long.jsonl", cache="cache-long")
 
 
-# --------------------------------------------------------------------------- servers, references, drift report
+# --------------------------------------------------------------------------- servers, the drift report
 
 
 def test_the_judge_may_have_a_server_of_its_own(data, server, capsys):
@@ -541,6 +542,22 @@ def test_settings_and_version_are_the_generators(data, server):
     generate(data, server, *flags, out="b.jsonl")
     again = Counter(map(kind_of, server.seen)) - n
     assert again == {"summary": n["summary"], "query": n["query"]}  # the judge's are kept
+
+
+@pytest.mark.parametrize("opening", ["<think>\n", ""])
+def test_of_a_generator_that_thinks_only_the_answer_is_used(data, server, opening):
+    usual, _ = generate(data, server)
+    thought = f"{opening}Okay, the user wants me to summarise.\nQuestion: which?\n</think>\n\n"
+    server.reply = lambda kind, text: thought + text
+    assert generate(data, server, out="thought.jsonl", cache="other")[0] == usual
+
+
+def test_a_generator_that_is_cut_off_is_told_so(data, server):
+    """Its summaries never end: none is used, and the reason is the server's, not a guard's."""
+    server.finish = "length"
+    with pytest.raises(load_stage("03_generate_negatives").DataError, match="'summary rejected: cut off': "):
+        generate(data, server, "--llm-settings", '{"max_tokens": 20}')
+    assert not (data / "out.jsonl").exists()
 
 
 def test_a_server_that_is_slow_is_waited_for_as_long_as_told(data, server, capsys):

@@ -374,7 +374,8 @@ class Output:
     # where things lie and how fast they are made does not change what is made
     NEUTRAL = {"out", "overwrite", "cache", "device", "concurrency", "base_url", "save_every", "input",
                "data", "root", "queries", "timeout", "max_unjudged", "price_in", "price_out", "dry_run",
-               "tokenizer", "batch_export", "batch_import", "cascade_base_url"}
+               "tokenizer", "batch_export", "batch_import", "cascade_base_url",
+               "judge_base_url"}
 
     def __init__(self, args, inputs, models=(), out=None):
         self.path = Path(out or args.out)

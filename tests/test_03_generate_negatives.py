@@ -3,11 +3,13 @@
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 import threading
-from collections import Counter
+import time
+from collections import Counter, defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -35,6 +37,7 @@ class Server:
 
     def __init__(self):
         self.seen, self.reply, self.before = [], lambda kind, text: text, lambda: None
+        self.finish = "stop"
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -47,6 +50,7 @@ class Server:
                 answer = offline_llm.complete(json.dumps(body))
                 message = answer["choices"][0]["message"]
                 message["content"] = server.reply(kind_of(body), message["content"])
+                answer["choices"][0]["finish_reason"] = server.finish
                 data = json.dumps(answer).encode()
                 try:
                     self.send_response(200)
@@ -354,6 +358,271 @@ def test_repeating_is_sharing_most_runs_of_five_letters():
     assert stage.repeats("abcdefgh", ["abcdefghi"]) and not stage.repeats("abcdefgh", ["abcdefghij"])
 
 
+# --------------------------------------------------------------------------- garbage, and texts of people
+
+SENTENCE_END = re.compile(r"[.!?。！？।۔؟]+(?:\s|$)|[。！？]")
+
+
+def first_sentences(text, n=2):
+    ends = [found.end() for found in SENTENCE_END.finditer(text)]
+    return text[: ends[n - 1]].strip() if len(ends) >= n else text
+
+
+def garbage(record, other, stage, draw):
+    """{what: (query or summary, text)}: what models that drift answer, mostly in the record's language."""
+    question, passage = record["query"], stage.passage_text(record["positive_passages"][0])
+    language = stage.common.LANGUAGES[record["lang"]]
+    summary = first_sentences(record["positive_passages"][0]["text"])
+    words = passage.split() if len(passage.split()) > 20 else list(passage)
+    word = draw.choice(words[:20])
+    number = draw.randrange(1, 2000)
+    return {
+        "prompt": ("query", stage.ASK.format(language=language).split(". ")[draw.randrange(1, 4)]),
+        "prompt of the summary": ("summary", stage.SUMMARISE.format(language=language)[-160:]),
+        "a label": ("query", draw.choice(["Input:", "Question:", "Summary:", "Output: 1", "Answer:"])),
+        "a label and text": ("query", f"Summary: {summary[:60]}"),
+        "labels": ("summary", f'Question: "{question}" Passage: "{passage[:200]}"'),
+        "marks": ("query", draw.choice(["<start_of_turn>", "<|im_start|>user", "[INST]"]) + question),
+        "marks at the end": ("summary", f"{summary}<|eot_id|><|start_header_id|>user"),
+        "numbering": ("query", draw.choice(["1) A)", "1. 2. 3. 4.", "A) B) C) D)", f"1. {question}"])),
+        "numbers": ("query", " ".join(str(number + i) for i in range(draw.randrange(5, 30)))),
+        "numbers as a summary": ("summary", f"{number} " * 40),
+        "a word again": ("query", " ".join([word] * draw.randrange(6, 20))),
+        "words again": ("summary", " ".join([*words[:4], "", ""] * 12)),
+        "English": ("query", draw.choice(["What is the capital of France?", "How many people live there?"])),
+        "cut out": ("query", " ".join(passage.split())[: draw.randrange(25, 60)]),
+        "the summary": ("query", first_sentences(summary, 1)),
+        "another question": ("query", other["query"]),
+        "another subject": ("summary", first_sentences(other["positive_passages"][0]["text"])),
+        "the question": ("summary", question),
+        "a link": ("query", f"https://{record['lang']}.example.org/wiki/{word}"),
+        "HTML": ("query", f"<b>{word}</b> <br/> {question}"),
+        "JSON": ("query", json.dumps({"question": question}, ensure_ascii=False)),
+        "an apology": ("query", draw.choice(["I'm sorry, I cannot help.", "As an AI, I do not know."])),
+    }
+
+
+def rejected(guard, stage, record, kind, text):
+    """The guard's word on a text, as it is asked for a query or a summary of the record's first positive."""
+    positive = record["positive_passages"][0]
+    passage = stage.passage_text(positive)
+    if kind == "summary":
+        return guard.reason(text, kind, [record["query"]], passage)
+    about = f"{passage}\n{first_sentences(positive['text'])}"
+    return guard.reason(text, kind, [record["query"], positive["text"], passage], about)
+
+
+def other_subject(record, records, draw):
+    """A record of the same language with no article in common."""
+    titles = {p["title"] for p in record["positive_passages"]}
+    return draw.choice([r for r in records if not titles & {p["title"] for p in r["positive_passages"]}])
+
+
+def passing(stage, guard, records, draw):
+    """(what passes, what there was): counts by kind of garbage, for these records of one language."""
+    passed, n = Counter(), Counter()
+    for record in records:
+        wrong = garbage(record, other_subject(record, records, draw), stage, draw)
+        for what, (kind, text) in wrong.items():
+            if what != "English" or guard.lang != "en":
+                n[what] += 1
+                passed[what] += rejected(guard, stage, record, kind, text) is None
+    return passed, n
+
+
+def guard_of(stage, data, records):
+    return stage.Guard(data, records[0]["lang"], [record["query"] for record in records][:40])
+
+
+def own_questions_and_summaries(stage, guard, records):
+    """(Counter of the guard's words on people's questions, and on their positives' first sentences)"""
+    questions, summaries = Counter(), Counter()
+    for record in records:
+        positive = record["positive_passages"][0]
+        passage = stage.passage_text(positive)
+        summary = first_sentences(positive["text"])
+        questions[guard.reason(record["query"], "query", [positive["text"]], f"{passage}\n{summary}")] += 1
+        summaries[guard.reason(summary, "summary", [record["query"]], passage)] += 1
+    return questions, summaries
+
+
+def test_garbage_of_many_kinds_is_rejected(capsys):
+    """In five languages of the sample; what is about something else may share its words by chance."""
+    stage = load_stage("03_generate_negatives")
+    passed, n = Counter(), Counter()
+    for lang in ("ar", "en", "id", "te", "zh"):
+        records = [r for r in read(ROOT / "sample/data/train.jsonl") if r["lang"] == lang][:10]
+        guard = guard_of(stage, ROOT / "sample/data", records)
+        of_lang, n_of_lang = passing(stage, guard, records, random.Random(lang))
+        passed += of_lang
+        n += n_of_lang
+    chance = ("another question", "another subject")
+    assert not {what: k for what, k in passed.items() if k and what not in chance}
+    assert all(passed[what] <= 0.3 * n[what] for what in chance), passed
+    assert len(n) == 22 and passed.total() < 0.02 * n.total()
+
+
+@pytest.mark.parametrize("lang", "ar bn en es fa fi fr hi id ja ko ru sw te zh".split())
+def test_questions_of_people_pass_and_garbage_does_not(lang, minimiracl):
+    """mini-MIRACL: of en 2 of 66 questions are refused, whose positives are misjudged (the Death Star)."""
+    stage = load_stage("03_generate_negatives")
+    data, by_lang = minimiracl
+    records = by_lang[lang][:200]
+    guard = guard_of(stage, data, records)
+    questions, summaries = own_questions_and_summaries(stage, guard, records)
+    passed, n = passing(stage, guard, records[:60], random.Random(lang))
+    print(lang, len(records), questions, summaries, passed, n.total())
+    most = 2 if lang == "en" else 0.02 * len(records)
+    assert len(records) - questions[None] <= most
+    assert len(records) - summaries[None] <= 0.02 * len(records)
+    assert passed.total() < 0.025 * n.total()
+
+
+@pytest.fixture(scope="module")
+def minimiracl(tmp_path_factory):
+    """(data folder, {lang: records}) of real questions, where mini-MIRACL is at hand."""
+    root = ROOT.parent / "shared/data/minimiracl"
+    if not root.is_dir():
+        pytest.skip("mini-MIRACL is not beside the project (../shared/data/minimiracl)")
+    data = tmp_path_factory.mktemp("minimiracl") / "data"
+    done = run_stage("00_prepare_data.py", "--source", "miracl", "--root", root, "--out", data)
+    assert done.returncode == 0, done.stderr
+    by_lang = defaultdict(list)
+    for split in ("train", "dev"):
+        for record in read(data / f"{split}.jsonl"):
+            by_lang[record["lang"]].append(record)
+    return data, by_lang
+
+
+def test_a_short_passage_may_be_its_own_summary_but_no_query(data, server):
+    """Of one sentence there is nothing to leave out; a long passage that is repeated is no summary."""
+    stage = load_stage("03_generate_negatives")
+    records = [r for r in read(data / "in.jsonl") if r["lang"] == "sw"]
+    passage = records[0]["positive_passages"][0]
+    assert len(passage["text"]) <= stage.SHORT[3]
+    server.reply = lambda kind, text: passage["text"] if kind == "summary" else text
+    write(data / "in.jsonl", records[:1])
+    (record,), counts = generate(data, server)
+    assert record["summary"] == passage["text"] and record["generated_query"]
+    long = passage | {"text": " ".join([passage["text"], *SENTENCES[:2]])}
+    assert len(long["text"]) > stage.SHORT[3]
+    server.reply = lambda kind, text: long["text"] if kind == "summary" else text
+    write(data / "in.jsonl", [records[0] | {"positive_passages": [long]}])
+    with pytest.raises(stage.DataError, match="'summary rejected: repeats': 3"):
+        generate(data, server, out="long.jsonl", cache="cache-long")
+
+
+# --------------------------------------------------------------------------- servers, the drift report
+
+
+def test_the_judge_may_have_a_server_of_its_own(data, server, capsys):
+    judge = Server()
+    try:
+        _, counts = generate(data, server, "--judge-llm", "j", "--judge-base-url", judge.url)
+    finally:
+        judge.http.shutdown()
+        judge.http.server_close()
+    assert {kind_of(b) for b in server.seen} == {"summary", "query"}
+    assert {kind_of(b) for b in judge.seen} == {"judge"} and {b["model"] for b in judge.seen} == {"j"}
+    printed = capsys.readouterr().err
+    assert f"m: {len(server.seen)} calls" in printed and f"j: {len(judge.seen)} calls" in printed
+    assert counts["calls"]["j"]["asked"] == len(judge.seen)
+    assert counts["calls"]["m"]["asked"] == len(server.seen)
+    generate(data, server, "--judge-llm", "j", out="again.jsonl")  # the same answers, from anywhere
+
+
+def test_settings_and_version_are_the_generators(data, server):
+    settings = '{"top_p": 0.5, "reasoning_effort": "low"}'
+    generate(data, server, "--judge-llm", "j", "--llm-settings", settings)
+    assert {b.get("reasoning_effort") for b in server.seen if kind_of(b) != "judge"} == {"low"}
+    assert {b["top_p"] for b in server.seen if kind_of(b) != "judge"} == {0.5}
+    assert not any("reasoning_effort" in b for b in server.seen if kind_of(b) == "judge")
+    n = Counter(map(kind_of, server.seen))
+    flags = ["--judge-llm", "j", "--llm-settings", settings, "--llm-version", "2"]
+    generate(data, server, *flags, out="b.jsonl")
+    again = Counter(map(kind_of, server.seen)) - n
+    assert again == {"summary": n["summary"], "query": n["query"]}  # the judge's are kept
+
+
+@pytest.mark.parametrize("opening", ["<think>\n", ""])
+def test_of_a_generator_that_thinks_only_the_answer_is_used(data, server, opening):
+    usual, _ = generate(data, server)
+    thought = f"{opening}Okay, the user wants me to summarise.\nQuestion: which?\n</think>\n\n"
+    server.reply = lambda kind, text: thought + text
+    assert generate(data, server, out="thought.jsonl", cache="other")[0] == usual
+
+
+def test_a_generator_that_is_cut_off_is_told_so(data, server):
+    """Its summaries never end: none is used, and the reason is the server's, not a guard's."""
+    server.finish = "length"
+    with pytest.raises(load_stage("03_generate_negatives").DataError, match="'summary rejected: cut off': "):
+        generate(data, server, "--llm-settings", '{"max_tokens": 20}')
+    assert not (data / "out.jsonl").exists()
+
+
+def test_a_server_that_is_slow_is_waited_for_as_long_as_told(data, server, capsys):
+    late = iter([True])
+    server.before = lambda: next(late, False) and time.sleep(0.6)
+    records, _ = generate(data, server, "--timeout", "0.3", "--concurrency", 1)
+    check(records, 12)
+    assert "no answer in 0.3 s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("which", ["first", "best"])
+def test_the_judge_of_new_passages_sees_the_reference_that_is_asked_for(data, server, which):
+    import llm
+
+    record = read(data / "in.jsonl")[0]
+    corpus = read(data / f"data/corpus/{record['lang']}.jsonl")
+    own = record["positive_passages"][0]["docid"]
+    record["positive_passages"] += [p for p in corpus if p["docid"] != own][:9]
+    write(data / "in.jsonl", [record])
+    generate(data, server, "--reference", which)
+    shown = set()
+    for body in server.seen:
+        if kind_of(body) == "judge":
+            values = offline_llm.read_labels(body["messages"][1]["content"])
+            title, _, text = values["Candidate passage"].partition("\n")
+            candidate = {"docid": "", "title": title, "text": text}
+            wanted = llm.choose_reference(record, candidate, which)
+            assert values[offline_llm.REFERENCE] == llm.passage_text(wanted)
+            shown.add(wanted["docid"])
+    assert len(shown) == 1 if which == "first" else len(shown) > 1
+
+
+def test_relabelled_positives_are_positives(data, server):
+    """Those of --relabel-at 2 in stage 02: summarised in their turn, no negatives."""
+    record = read(data / "in.jsonl")[0]
+    corpus = read(data / f"data/corpus/{record['lang']}.jsonl")
+    own = record["positive_passages"][0]
+    new = next(p for p in corpus if p["docid"] != own["docid"] and p["title"] == own["title"])
+    new |= {"source": "relabelled", "accuracy": 2, "completeness": 2, "grade": 2}
+    record |= {"positive_passages": [own, new], "negative_passages": [new | {"docid": "copy"}]}
+    write(data / "in.jsonl", [record])
+    server.reply = lambda kind, text: '{"accuracy": 2, "completeness": 2}' if kind == "judge" else text
+    (out,), _ = generate(data, server, "--rounds", 2, "--max-drift", 1)
+    assert out["positive_passages"] == [own, new]
+    assert not {new["text"], own["text"]} & {p["text"] for p in out["negative_passages"]}
+    asked = [b["messages"][1]["content"] for b in server.seen if kind_of(b) == "summary"]
+    assert any(json.dumps(new["text"], ensure_ascii=False)[1:-1] in prompt for prompt in asked)
+
+
+def test_generated_negatives_are_shown_beside_random_ones(data, server, tmp_path, capsys, monkeypatch):
+    encoder = tiny_lm.make(tmp_path / "encoder", SENTENCES, steps=0)
+    flags = ["--retrievers", "bm25", encoder, "--fusion", "rrf"]
+    records, counts = generate(data, server, *flags)
+    for lang in LANGS:
+        table = counts["by_lang"][lang]["cosines"]
+        assert counts["by_lang"][lang]["sources"].get("random", 0) == 0  # none was needed
+        assert table["random"]["n"] > 20 and set(table) == {"generated-query", "random"}
+    assert "mean cosines of negatives: {'generated-query': " in capsys.readouterr().err
+    stage = load_stage("03_generate_negatives")
+    far = {"n": 9, "query": 0.1, "positive": 0.1}
+    monkeypatch.setattr(stage, "cosines", lambda *_: {"generated-query": far, "random": far})
+    stage.main(arguments(data, server, *flags, out="far.jsonl"))
+    assert "sw: warning: generated-query negatives are no closer to the queries" in capsys.readouterr().err
+
+
 # --------------------------------------------------------------------------- bad input, cache, cost
 
 
@@ -367,6 +636,7 @@ def test_bad_input_is_one_line_and_exit_2(data, server):
     for record, flags, said in (
         ({"positive_passages": []}, (), "positive_passages"),
         ({}, ("--mode", "write", "--no-judge-new"), "--no-judge-new"),
+        ({}, ("--no-judge-new", "--judge-llm", "j"), "--no-judge-new"),
         ({}, ("--max-drift", "2"), "number from 0 to 1"),
     ):
         write(data / "bad.jsonl", [read(data / "in.jsonl")[0] | record])

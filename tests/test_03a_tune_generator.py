@@ -25,6 +25,7 @@ PLACES = [
     ("Tunis", "Tunisia"),
     ("Dakar", "Senegal"),
 ]
+MOSTLY = PLACES + 24 * PLACES[:1]  # what so small a model speaks of: it cannot copy from a passage
 
 
 def read(path):
@@ -39,7 +40,7 @@ def generator_chats(n=48):
     """Chats as stage 03 asks them: summaries of town passages, and questions from such summaries."""
     stage, draw, chats = load_stage("03_generate_negatives"), random.Random(2), []
     for _ in range(n):
-        name, country = draw.choice(PLACES)[0], draw.choice(PLACES)[1]
+        name, country = draw.choice(MOSTLY)[0], draw.choice(MOSTLY)[1]
         summary, question = f"{name} is a town in {country}.", f"Where is the town of {name}?"
         data = stage.labelled(
             Question=f"Where does {name} lie?",
@@ -248,8 +249,8 @@ def test_stage_03_runs_against_the_merged_model_in_transformers_serve(top, tmp_p
         {
             "query_id": str(i),
             "lang": "en",
-            "query": f"Where does {passages[9 * i]['title']} lie?",
-            "positive_passages": [passages[9 * i]],
+            "query": f"Where does {passages[0]['title']} lie?",
+            "positive_passages": [passages[0]],
             "negative_passages": [],
         }
         for i in range(4)
@@ -298,7 +299,7 @@ def test_stage_03_runs_against_the_merged_model_in_transformers_serve(top, tmp_p
             f"http://127.0.0.1:{port}/v1",
             "--no-judge-new",
             "--target",
-            8,
+            7,
             "--cache",
             tmp_path / "cache",
             "--concurrency",
@@ -313,7 +314,7 @@ def test_stage_03_runs_against_the_merged_model_in_transformers_serve(top, tmp_p
     assert done.returncode == 0, done.stderr[-2000:]
     print(done.stderr)
     for record in read(tmp_path / "out.jsonl"):
-        assert len(record["negative_passages"]) == 8
+        assert len(record["negative_passages"]) == 7
         assert " is a town in" in record["summary"] and record["generated_query"].startswith(
             "Where is the town"
         )
@@ -353,9 +354,9 @@ def test_of_alpaca_only_summarisation_instructions_with_an_input_are_taken(tmp_p
     ):
         path.write_text(text, "utf-8")
         stage, args = parse("--instructions", path)
-        assert [c["messages"][0]["content"] for c in stage.read_instructions(args)] == [
-            "Summarize this.\n\n一二三",
-            "Give the main idea.\n\na",
+        assert stage.read_instructions(args) == [
+            ("en", ("Summarize this.", "一二三", "一"), None),
+            ("en", ("Give the main idea.", "a", "b"), None),
         ]
         stage, args = parse("--instructions", path, "--samples", 1)
         assert len(stage.read_instructions(args)) == 1
@@ -427,7 +428,7 @@ def test_translation_is_checked_cached_and_resumed(tmp_path, httpserver):
         if (
             "swahili" in body["messages"][0]["content"].lower()
             and body["temperature"] == 0
-            and "\n\n" in text
+            and "lies in" in text
         ):
             reply = "This is not a translation, it is still in the English language."
         else:
@@ -508,3 +509,49 @@ def test_a_translator_that_answers_in_english_is_an_error(tmp_path, httpserver):
             ]
         )
     assert not (tmp_path / "mift.jsonl").exists()
+
+
+# --------------------------------------------------------------------------- the form of stage 03, merging
+
+
+def test_what_is_trained_on_is_what_stage_03_asks(tmp_path):
+    """Alpaca's and translated instructions become the request that stage 03 sends, and its answer."""
+    ask = load_stage("03_generate_negatives")
+    stage = load_stage("03a_tune_generator")
+    chat = stage.as_chat("sw", ("Fupisha.", "Mji wa <Nairobi>.", "Mji."))
+    system, user, answer = chat["messages"]
+    data = ask.labelled(Question="Fupisha.", Passage="Mji wa <Nairobi>.")
+    assert system == {"role": "system", "content": ask.SUMMARISE.format(language="Swahili")}
+    assert user == {"role": "user", "content": f"Language: Swahili\n{data}"}
+    assert answer == {"role": "assistant", "content": "Mji."} and chat["lang"] == "sw"
+    given = stage.as_chat("sw", ("a", "b"), ("user", "assistant"))
+    assert [m["content"] for m in given["messages"]] == ["a", "b"]
+
+
+def test_a_chat_template_without_system_messages_is_one_line(tmp_path):
+    from transformers import AutoTokenizer
+
+    stage = load_stage("03a_tune_generator")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_lm.make(tmp_path / "lm", ["Accra is big."], steps=0))
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(stage.DataError, match="System role not supported.*take another --base"):
+        stage.tokenize([stage.as_chat("en", ("Sum up.", "Accra is big.", "Big."))], tokenizer, 100)
+
+
+def test_merging_a_finished_adapter_does_not_tune_it_again(top):
+    done = tune(top, "later")
+    adapter = top / "later/adapter_model.safetensors"
+    before = adapter.stat().st_mtime_ns
+    assert done.returncode == 0 and not (top / "later/merged").exists(), done.stderr[-2000:]
+    done = tune(top, "later", "--merge")
+    assert done.returncode == 0 and "is up to date" in done.stderr, done.stderr[-2000:]
+    assert "held out" not in done.stderr and adapter.stat().st_mtime_ns == before
+    name = "model.safetensors"
+    merged = top / "later/merged" / name
+    assert merged.read_bytes() == (top / "adapter/merged" / name).read_bytes()
+    written = merged.stat().st_mtime_ns
+    assert tune(top, "later", "--merge").returncode == 0 and merged.stat().st_mtime_ns == written
+
+
+def test_help_says_what_fits_on_one_gpu():
+    assert "of one GPU" in run_stage("03a_tune_generator.py", "--help").stdout

@@ -156,6 +156,13 @@ make judge-quality DATA_SOURCE=miracl DATA_ROOT=../shared/data/minimiracl LANGS=
 
 {{judge_quality judge-quality-minimiracl}}
 
+## A record after all stages
+
+A line of `topics.jsonl` as `make topics RUN=runs/records DEPTH=20 N=22` wrote it; of each list one passage is
+shown.
+
+{{record topics}}
+
 ## Reproduction log
 
 {{log}}

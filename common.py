@@ -10,6 +10,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import sqlite3
 import sys
 import time
@@ -44,14 +45,23 @@ class DataError(Exception):
 
 
 def run(main):
-    """Run a stage and exit: 0 done; 1 a bug, with its traceback; 2 bad input, in one line; 130 Ctrl-C."""
+    """Run a stage and exit: 0 done; 1 a bug, with its traceback; 2 bad input; 130 Ctrl-C; 143 SIGTERM."""
+    status = 130
+
+    def terminate(*_):
+        nonlocal status
+        status = 143
+        signal.raise_signal(signal.SIGINT)  # for which asyncio, too, ends in good order
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         sys.exit(main())
     except (DataError, PermissionError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        say("stopped; the same command goes on with what there is")
+        sys.exit(status)
     finally:
         distributed = sys.modules.get("torch.distributed")
         if distributed and distributed.is_available() and distributed.is_initialized():

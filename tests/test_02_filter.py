@@ -381,13 +381,16 @@ def test_sigkill_loses_and_repeats_nothing(tmp_path):
             "--out",
             tmp_path / "out.jsonl",
         ]
-        for moment in (30, 100, 200):  # good answers sent
+        ends = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}
+        for moment, (number, status) in zip((30, 100, 200), ends.items()):  # good answers sent
             process = subprocess.Popen(command, stderr=subprocess.PIPE)
             while len((tmp_path / "log").read_text().split()) < moment:
                 assert process.poll() is None, process.stderr.read().decode()
                 time.sleep(0.01)
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
+            process.send_signal(number)
+            said = process.communicate()[1].decode().splitlines()
+            assert process.returncode == status
+            assert status < 0 or said[-1] == "stopped; the same command goes on with what there is"
             assert not (tmp_path / "out.jsonl").exists()
         subprocess.run(command, check=True, capture_output=True)
     assert (tmp_path / "out.jsonl").read_bytes() == expected

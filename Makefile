@@ -53,7 +53,7 @@ EPOCHS ?= $(if $(SMALL),8,20)
 BATCH ?= 24
 # ^ queries a step
 POWER ?= 0.5
-# ^ languages are drawn by their share of the training queries to this power; 0: uniformly (Sec. 3.5)
+# ^ languages, and topics in a batch, are drawn by their share of the training queries to this power; 0: uniformly (Sec. 3.5)
 SEED ?= 13
 # ^ seed of every random draw
 GPUS ?= 1
@@ -135,7 +135,7 @@ $(RUN)/topics.jsonl: $(RUN)/augmented.jsonl FORCE
 	$(PY) 04_cluster_topics.py --input $< --encoder $(ENCODER) --topics $(TOPICS) --cache $(CACHE) --out $@ $(COMMON)
 
 $(RUN)/model: $(RUN)/topics.jsonl FORCE
-	$(SPREAD) 05_train.py --input $< --encoder $(ENCODER) --epochs $(EPOCHS) --batch-size $(BATCH) --language-power $(POWER) $(TRAIN) --out $@ $(COMMON)
+	$(SPREAD) 05_train.py --input $< --encoder $(ENCODER) --epochs $(EPOCHS) --batch-size $(BATCH) --language-power $(POWER) --topic-power $(POWER) $(TRAIN) --out $@ $(COMMON)
 
 $(RUN)/eval/metrics.json: $(RUN)/model FORCE
 	$(PY) 06_eval.py --data $(DATA) --models $(EVAL_MODELS) --baseline $(ENCODER) --cache $(CACHE) --out $(RUN)/eval $(COMMON)

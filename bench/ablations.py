@@ -63,13 +63,20 @@ def weights(alpha, beta):
     return ["--alpha", alpha, "--beta", beta]
 
 
+def powers(language, topic):
+    return ["--language-power", language, "--topic-power", topic]
+
+
 ROWS = {
     NAIVE: Row("step by step", "topk", PLAIN, 67.6),
     "naive, filtered": Row("step by step", "filtered", PLAIN),
     "naive, filtered, brought to N (no stage 3)": Row("step by step", "augmented", PLAIN, 68.8),
     FULL: Row("step by step", "augmented", [], 70.6),
-    "full method, languages by share^0.5": Row("step by step", "augmented", ["--language-power", "0.5"]),
-    "full method, languages by share": Row("step by step", "augmented", ["--language-power", "1"]),
+    "full method, drawn by share^0.5": Row("step by step", "augmented", powers("0.5", "0.5")),
+    "languages by share^0.5": Row("languages and topics drawn", "augmented", powers("0.5", "0")),
+    "languages by share": Row("languages and topics drawn", "augmented", powers("1", "0")),
+    "languages by share^0.5, no topic balance": Row("languages and topics drawn", "augmented",
+                                                    powers("0.5", "1")),
     "top-k shifted by 10": Row("Table 2", "shifted", PLAIN, 67.8),
     "score under 0.6": Row("Table 2", "abs", PLAIN, 67.8),
     "margin of 0.15 to the positive": Row("Table 2", "margin", PLAIN, 67.9),

@@ -107,8 +107,9 @@ LANGS="ar bn en es fa fi fr hi id ja ko ru sw te zh"
 make topics DATA_SOURCE=miracl DATA_ROOT=../shared/data/minimiracl LANGS="$LANGS" RUN=runs/fifteen
 python bench/ablations.py --data data/minimiracl --run runs/fifteen --encoder models/minimiracl \\
     --out results/ablations-15-4.json --lang $LANGS --rows "naive top-k" "naive, filtered" \\
-    "naive, filtered, brought to N (no stage 3)" "full method" \\
-    "full method, languages by share^0.5" "full method, languages by share" "no topic balance" "no weights"
+    "naive, filtered, brought to N (no stage 3)" "full method" "full method, drawn by share^0.5" \\
+    "languages by share^0.5" "languages by share" "languages by share^0.5, no topic balance" \\
+    "no topic balance" "no weights"
 ```
 
 {{ablations ablations-15-4}}

@@ -9,8 +9,8 @@ Writes  augmented.jsonl: + summary, generated_query (null where not needed or us
         to N, source = mined, human, generated-query, written or random; false_negatives + those newly found
 Usage   python 03_generate_negatives.py --input runs/sample/filtered.jsonl --data data/sample --fusion rrf
         --retrievers bm25 models/sample --llm Llama-3.1-70B-Instruct --out runs/sample/augmented.jsonl
-Cost    two calls and some judgments a short query (only those are in memory), see --dry-run. mini-MIRACL
-        (sw te id ar zh), 25 of 1,380 short, two cores: 27 s, 0.9 GB
+Cost    two calls and some judgments for each query that is short (only those are in memory): see --dry-run.
+        mini-MIRACL (sw te id ar zh), 25 of 1,380 short, two cores: 27 s, 0.9 GB
 """
 import asyncio
 import hashlib
@@ -240,7 +240,7 @@ class Generation:
                 found = await self.retrieve(short)
             else:
                 found = await self.each(short, self.write_negatives)
-            await self.each(zip(short, found), self.top_up)
+            await self.each(zip(short, found), lambda pair: self.top_up(*pair))
             self.check_drift()
         self.fill_random()
 
@@ -318,9 +318,8 @@ class Generation:
                               "title": positive.get("title", ""), "text": text})
         return fresh
 
-    async def top_up(self, query_and_found):
+    async def top_up(self, query, found):
         """Add the first passages that the judge grades below --drop-at (if written: 0), until there are N."""
-        query, found = query_and_found
         written = self.args.mode == "write"
         what = "written rejected" if written else "found"
         found = [passage for passage in found if not marks(passage) & query.known][:2 * self.args.target]

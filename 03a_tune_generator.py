@@ -278,15 +278,13 @@ def main(argv=None):
         raise DataError("want --base MODEL, to tune it, or --translate CODE ... --llm NAME; see --help")
     output = Output(args, [args.instructions], [args.base] if args.base else [])
     del output.meta["arguments"]["merge"]  # the adapter is the same without it
-    is_done = output.is_done()
-    if args.translate:
-        if not is_done:
+    if not output.is_done():
+        if args.translate:
             asyncio.run(translate_all(args, output))
-        return
-    if not is_done:
-        tune(args, output)
+        else:
+            tune(args, output)
     is_first = os.environ.get("RANK", "0") == "0"
-    if args.merge and is_first and not (Path(args.out) / "merged").exists():
+    if args.merge and is_first and not args.translate and not (Path(args.out) / "merged").exists():
         merge(args)
 
 

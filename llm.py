@@ -379,8 +379,8 @@ class LLM:
                     raise Unusable(told)  # it gives its slot back, and is asked again later
             if status in (400, 413, 422):
                 about_prompt = self.ABOUT_PROMPT.search(told)
-                new = not about_prompt and kind not in self.reached  # what it took before it does not refuse
-                if new and self._adapt(sent, told):
+                new = kind not in self.reached  # what the server has taken before is not what it refuses
+                if new and not about_prompt and self._adapt(sent, told):
                     continue
                 if about_prompt or self.reached:
                     raise Unusable(f"refused by the server: {told}")
@@ -558,7 +558,7 @@ WANTED = ("It must be one JSON object with accuracy and completeness, each 0, 1 
 SCORES = ["accuracy", "completeness"]
 JUDGMENT = {"type": "json_schema", "json_schema": {"name": "judgment", "strict": True, "schema": {
     "type": "object", "additionalProperties": False, "required": SCORES,
-    "properties": dict.fromkeys(SCORES, {"type": "integer", "enum": [0, 1, 2]})}}}
+    "properties": {name: {"type": "integer", "enum": [0, 1, 2]} for name in SCORES}}}}
 
 
 def judge_messages(query, lang, candidate, reference=None):

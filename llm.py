@@ -176,9 +176,8 @@ class LLM:
         self.client = None
         self.reached = set()  # the kinds of request that were answered
         self.refused = {}  # parameters, in order
-        self.more_tokens = None  # beyond those asked for: not known yet
-        if {"max_tokens", "max_completion_tokens"} & set(self.settings):
-            self.more_tokens = 0
+        set_by_user = {"max_tokens", "max_completion_tokens"} & self.settings.keys()
+        self.more_tokens = 0 if set_by_user else None  # beyond those asked for; None: not known yet
         self.repeats = None  # whether the server gives the same useless answer each time, once known
         self.stopped = None  # the error that ends the run
 
@@ -234,21 +233,18 @@ class LLM:
         settings |= self.settings
         if "max_completion_tokens" in self.settings:
             settings.pop("max_tokens", None)
+        body = {"model": self.model, "messages": messages} | settings
+        body = {name: setting for name, setting in body.items() if setting is not None}
         key, text = self._stored([self.model, settings, messages])
         value = None if text is None else parse(text)
         if value is not None:
             self.stats["cached"] += 1
-            self.n_done += 1
-            return value
-        body = {"model": self.model, "messages": messages} | settings
-        body = {name: setting for name, setting in body.items() if setting is not None}
-        if self.instead:
+        elif self.instead:
             why.append(self.instead(self, key, body))
             return None
-        value, text = await self._until_usable(body, parse, wanted, why)
+        else:
+            value = await self._until_usable(key, body, parse, wanted, why)
         self.n_done += 1
-        if value is not None:
-            self.answers.store(key, text, self.answered_by)
         return value
 
     def _stored(self, request):
@@ -286,8 +282,8 @@ class LLM:
         return (f"{self.model}: {self.stats['asked']} calls, {self.stats['cached']} answers from the cache "
                 f"{self.path}{cached}{names and f'; answered by {names}'}{late}")
 
-    async def _until_usable(self, body, parse, wanted, why):
-        """(value, text) of the first usable answer, or (None, None) and the reason in why.
+    async def _until_usable(self, key, body, parse, wanted, why):
+        """What parse gives for the first usable answer, which is stored, or None and the reason in why.
 
         A model is told what was wrong. Then the same request shows whether the server's answers vary: if
         not, no prompt is asked a third time from then on.
@@ -300,7 +296,8 @@ class LLM:
                 value = parse(text)
                 if value is not None:
                     self.n_usable += 1
-                    return value, text
+                    self.answers.store(key, text, self.answered_by)
+                    return value
                 reason = "unparsable" if text.strip() else "empty"
             self._count_useless(reason, text)
             if reason.startswith("refused by the server"):
@@ -315,9 +312,11 @@ class LLM:
             if attempt == 0:
                 first = text
                 if wanted:
-                    request = with_complaint(body, f"Your last answer was {reason}. {wanted}")
+                    *before, last = body["messages"]
+                    content = f"{last['content']}\n\nYour last answer was {reason}. {wanted}"
+                    request = body | {"messages": [*before, last | {"content": content}]}
         why.append(reason)
-        return None, None
+        return None
 
     def _count_useless(self, reason, text):
         """DataError where over half of the answers are of no use: the next ones would be, too."""
@@ -333,43 +332,29 @@ class LLM:
                              f"try {self.TO_TRY.get(most, 'other settings')}")
 
     def _stop(self, trouble):
-        error = DataError(f"{self.model}: {trouble}; what was answered is in {self.path}")
-        self.stopped = self.stopped or error  # the first tells most
+        if not self.stopped:  # the first tells most
+            self.stopped = DataError(f"{self.model}: {trouble}; what was answered is in {self.path}")
         return self.stopped
 
     async def _attempt(self, body):
-        """(the text of one answer, None), or (what there is of it, why it is of no use)."""
-        try:
-            answer, sent = await self._post(body)
-        except Unusable as trouble:
-            return "", str(trouble)
-        text, reason = read_answer(answer)
-        if reason == "cut off" and "max_tokens" in body and self.more_tokens is None:
-            self.more_tokens = self.MORE_TOKENS
-            say(f"{self.model}: {body['max_tokens']} tokens are too few for an answer; "
-                f"{self.MORE_TOKENS} more are allowed from now on")
-        if reason == "cut off" and sent != self._adapted(body):
-            return await self._attempt(body)
-        return text, reason
-
-    async def _post(self, body):
-        """(the server's answer, the request as it was sent).
+        """(the text of one answer, None), or (what there is of it, why it is of no use).
 
         The first call of a kind goes alone: what it teaches is learned once.
         """
         kind = frozenset(body)
-        async with self.pace:
-            if kind not in self.reached:
-                async with self.first:
-                    if kind not in self.reached:
-                        answer, sent = await self._send(body)
-                        if self.more_tokens is not None or read_answer(answer)[1] != "cut off":
-                            self.reached.add(kind)
-                        return answer, sent
-            return await self._send(body)
+        try:
+            async with self.pace:
+                if kind not in self.reached:
+                    async with self.first:
+                        if kind not in self.reached:
+                            return await self._send(body)
+                return await self._send(body)
+        except Unusable as trouble:
+            return "", str(trouble)
 
     async def _send(self, body):
-        """The same for one request, sent again after a while where the server has trouble."""
+        """The same for a request that has its turn, sent again after a while where the server has trouble."""
+        kind = frozenset(body)
         for tries in itertools.count():
             if self.stopped:  # what waited for its turn ends with the run
                 raise self.stopped
@@ -379,14 +364,23 @@ class LLM:
             if status == 200:
                 self.pace.answered(started)
                 self._note(answer)
-                return answer, sent
+                text, reason = read_answer(answer)
+                if reason == "cut off" and "max_tokens" in body and self.more_tokens is None:
+                    self.more_tokens = self.MORE_TOKENS
+                    say(f"{self.model}: {body['max_tokens']} tokens are too few for an answer; "
+                        f"{self.MORE_TOKENS} more are allowed from now on")
+                if reason == "cut off" and sent != self._adapted(body):
+                    continue
+                self.reached.add(kind)
+                return text, reason
             if status == 408:
                 self._note_late(started)
                 if self.reached:
                     raise Unusable(told)  # it gives its slot back, and is asked again later
             if status in (400, 413, 422):
                 about_prompt = self.ABOUT_PROMPT.search(told)
-                if not about_prompt and self._adapt(body, sent, told):
+                new = kind not in self.reached  # what the server has taken before is not what it refuses
+                if new and not about_prompt and self._adapt(sent, told):
                     continue
                 if about_prompt or self.reached:
                     raise Unusable(f"refused by the server: {told}")
@@ -442,19 +436,17 @@ class LLM:
 
     def _adapted(self, body):
         """A request as this server takes it."""
+        body = dict(body)
         if self.more_tokens and "max_tokens" in body:
-            body = body | {"max_tokens": body["max_tokens"] + self.more_tokens}
+            body["max_tokens"] += self.more_tokens
         for name in self.refused:
-            body = dict(body)
             value = body.pop(name, None)
             if value is not None and self.INSTEAD[name]:
                 body[self.INSTEAD[name]] = value
         return body
 
-    def _adapt(self, body, sent, told):
-        """Whether the server refuses a parameter. What it has taken before is not what it refuses."""
-        if frozenset(body) in self.reached:
-            return False
+    def _adapt(self, sent, told):
+        """Whether the server refuses a parameter: requests go without it from now on."""
         named = [name for name in self.INSTEAD if name in sent and re.search(rf"\b{name}\b", told)]
         if not named and not self.reached and "response_format" in sent:
             named = ["response_format"]  # the likeliest
@@ -482,12 +474,6 @@ def digest(request):
     """What an answer is stored under."""
     text = json.dumps(request, ensure_ascii=False, sort_keys=True)
     return hashlib.blake2b(text.encode("utf-8", "backslashreplace"), digest_size=16).hexdigest()
-
-
-def with_complaint(body, complaint):
-    """The same request, its last message saying what was wrong with the answer."""
-    *before, last = body["messages"]
-    return body | {"messages": [*before, last | {"content": f"{last['content']}\n\n{complaint}"}]}
 
 
 def without_thoughts(text):
@@ -539,10 +525,9 @@ def labelled(**lines):
 
     MARKERS are written as JSON escapes: the string is the same, its spelling harmless. None has no line.
     """
-    def line(label, text):
-        quoted = json.dumps(text, ensure_ascii=False)
-        return f"{label.replace('_', ' ')}: " + MARKERS.sub(lambda found: f"\\u{ord(found[0]):04x}", quoted)
-    return "\n".join(line(label, text) for label, text in lines.items() if text is not None)
+    data = "\n".join(f"{label}: {json.dumps(text, ensure_ascii=False)}"
+                     for label, text in lines.items() if text is not None)
+    return MARKERS.sub(lambda found: f"\\u{ord(found[0]):04x}", data)
 
 
 # --------------------------------------------------------------------------- the judge (Sec. 3.3)
@@ -570,10 +555,10 @@ for with_it, without in ((", a reference passage that is known to answer it (not
 WANTED = ("It must be one JSON object with accuracy and completeness, each 0, 1 or 2, and nothing else: "
           "no second object, no reasoning.")  # what a judge hears whose answer was of no use
 
-SCORE = {"type": "integer", "enum": [0, 1, 2]}
+SCORES = ["accuracy", "completeness"]
 JUDGMENT = {"type": "json_schema", "json_schema": {"name": "judgment", "strict": True, "schema": {
-    "type": "object", "additionalProperties": False, "required": ["accuracy", "completeness"],
-    "properties": {"accuracy": SCORE, "completeness": SCORE}}}}
+    "type": "object", "additionalProperties": False, "required": SCORES,
+    "properties": {name: {"type": "integer", "enum": [0, 1, 2]} for name in SCORES}}}}
 
 
 def judge_messages(query, lang, candidate, reference=None):
@@ -596,14 +581,12 @@ DECODER = json.JSONDecoder(object_pairs_hook=read_object)
 
 def json_objects(text):
     """Yield (object, its source) of each JSON object in a text."""
-    at = text.find("{")
-    while at >= 0:
-        try:
-            found, end = DECODER.raw_decode(text, at)
-            yield found, text[at:end]
-        except (ValueError, RecursionError):
-            end = at + 1
-        at = text.find("{", end)
+    end = 0
+    while (start := text.find("{", end)) >= 0:
+        end = start + 1
+        with contextlib.suppress(ValueError, RecursionError):
+            found, end = DECODER.raw_decode(text, start)
+            yield found, text[start:end]
 
 
 def read_score(value):
@@ -619,20 +602,16 @@ def parse_judgment(text, shown=()):
     stands in prose and in a passage that the model was shown: it may be copied.
     """
     text = re.sub(r"^```(?:json)?\s*|\s*```$", "", text.strip())
-    found = [(answer, source) for answer, source in json_objects(text)
-             if {"accuracy", "completeness"} & set(answer)]
-    judgments = {tuple(read_score(answer.get(name)) for name in ("accuracy", "completeness"))
-                 for answer, _ in found}
+    found = [(answer, source) for answer, source in json_objects(text) if answer.keys() & set(SCORES)]
+    judgments = {tuple(read_score(answer.get(name)) for name in SCORES) for answer, _ in found}
     if len(judgments) != 1:
         return None
     if text.strip("[] \n") != found[0][1]:
         passages = ["".join(passage_text(passage).split()) for passage in shown]
         if any("".join(source.split()) in passage for _, source in found for passage in passages):
             return None
-    accuracy, completeness = judgments.pop()
-    if accuracy is None or completeness is None:
-        return None
-    return {"accuracy": accuracy, "completeness": completeness}
+    judgment = dict(zip(SCORES, judgments.pop()))
+    return None if None in judgment.values() else judgment
 
 
 async def judge(llm, query, lang, candidate, reference=None, votes=1):
@@ -653,14 +632,14 @@ async def judge(llm, query, lang, candidate, reference=None, votes=1):
     if not ballots:
         return None, why[0]
     counts = Counter(ballot["grade"] for ballot in ballots)
-    grade = max(counts, key=lambda grade: (counts[grade], grade))
-    return next(ballot for ballot in ballots if ballot["grade"] == grade), None
+    return max(ballots, key=lambda ballot: (counts[ballot["grade"]], ballot["grade"])), None
 
 
-def grams(passage):
-    """The 4-grams of a passage's letters, for comparing wordings."""
-    text = normalise(passage_text(passage)).lower()
-    return {text[i:i + 4] for i in range(len(text) - 3)}
+def likeness(*passages):
+    """Of two passages' wordings: the share of their 4-grams of letters that both have."""
+    texts = [normalise(passage_text(passage)) for passage in passages]
+    own, others = ({text[i:i + 4] for i in range(len(text) - 3)} for text in texts)
+    return len(own & others) / (len(own | others) or 1)
 
 
 def choose_reference(record, candidate, which="first"):
@@ -672,12 +651,7 @@ def choose_reference(record, candidate, which="first"):
     positives = positives or record["positive_passages"]
     if which != "best" or len(positives) == 1:
         return None if which == "none" else positives[0]
-    own = grams(candidate)
-
-    def likeness(passage):
-        its = grams(passage)
-        return len(own & its) / (len(own | its) or 1)
-    return max(positives, key=likeness)  # the first of equals
+    return max(positives, key=lambda positive: likeness(positive, candidate))  # the first of equals
 
 
 def json_object(text):

@@ -369,7 +369,7 @@ def test_a_model_that_changes_its_name_in_the_answers_is_told(tmp_path, capsys):
     write(tmp_path / "in.jsonl", records(2))
     with Running() as server:
         server.answers_as = "judge-2024-05"
-        filter_(tmp_path, server.url, "--limit", 1)
+        filter_(tmp_path, server.url, "--lang", "sw")
         server.answers_as = "judge-2024-08"
         filter_(tmp_path, server.url, out="b.jsonl")
     assert "judge-2024-05 and judge-2024-08 are used together; --llm-version" in capsys.readouterr().err

@@ -375,17 +375,12 @@ def test_a_model_that_changes_its_name_in_the_answers_is_told(tmp_path, capsys):
     assert "judge-2024-05 and judge-2024-08 are used together; --llm-version" in capsys.readouterr().err
 
 
-def test_answers_of_an_earlier_file_count_and_are_dated(tmp_path, capsys):
+def test_answers_of_an_earlier_run_count_and_are_dated(tmp_path, capsys):
     write(tmp_path / "in.jsonl", records(1))
     with Running() as server:
         first = filter_(tmp_path, server.url).read_bytes()
-        path = tmp_path / "cache/llm/judge.sqlite"
-        old = answers(path)
-        path.unlink()
-        with llm.contextlib.closing(llm.sqlite3.connect(path)) as db:
-            db.execute("CREATE TABLE answers (key TEXT PRIMARY KEY, text TEXT NOT NULL, "
-                       "time INTEGER NOT NULL) WITHOUT ROWID")
-            db.executemany("INSERT INTO answers VALUES (?, ?, 1700000000)", old)
+        with llm.contextlib.closing(llm.sqlite3.connect(tmp_path / "cache/llm/judge.sqlite")) as db:
+            db.execute("UPDATE answers SET time = 1700000000")
             db.commit()
         capsys.readouterr()
         assert filter_(tmp_path, server.url, out="b.jsonl").read_bytes() == first and len(server.bodies) == 19

@@ -20,7 +20,7 @@ import random
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from contextlib import AsyncExitStack
+from contextlib import nullcontext
 
 import common
 import llm
@@ -367,17 +367,16 @@ class Generation:
 
 async def generate_all(short, ensemble, args):
     """Bring the short queries of every language to N in place; returns {model: counts of its calls}."""
-    models = [llm.from_flags(args)]
+    generator = llm.from_flags(args)
+    judge = None  # of its own
     if args.judge_llm or args.judge_base_url:
         url = args.judge_base_url or args.base_url
-        models.append(LLM(args.judge_llm or args.llm, args.cache, url, args.concurrency, args.timeout))
-    async with AsyncExitStack() as stack:
-        for model in models:
-            await stack.enter_async_context(model)
+        judge = LLM(args.judge_llm or args.llm, args.cache, url, args.concurrency, args.timeout)
+    async with generator, judge or nullcontext():
         for lang, queries in common.progress(sorted(short.items()), desc="generate", unit="language"):
-            await Generation(lang, queries, ensemble, models[0], models[-1], args).bring_to_target()
+            await Generation(lang, queries, ensemble, generator, judge or generator, args).bring_to_target()
     calls = defaultdict(Counter)
-    for model in models:
+    for model in filter(None, (generator, judge)):
         say(model.summary())
         calls[model.model] += model.stats
     return calls

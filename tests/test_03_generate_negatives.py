@@ -17,6 +17,7 @@ import tiny_lm
 from conftest import ROOT, load_stage, run_stage
 
 import offline_llm
+from sample import stand_in
 
 LANGS = ["sw", "th"]
 GIBBERISH = "zxqv bnmk lkjh qqww vvbn wqxz jjkq xzvb"
@@ -581,11 +582,11 @@ def test_the_judge_of_new_passages_sees_the_reference_that_is_asked_for(data, se
     shown = set()
     for body in server.seen:
         if kind_of(body) == "judge":
-            values = offline_llm.read_labels(body["messages"][1]["content"])
+            values = stand_in.read_labels(body["messages"][1]["content"])
             title, _, text = values["Candidate passage"].partition("\n")
             candidate = {"docid": "", "title": title, "text": text}
             wanted = llm.choose_reference(record, candidate, which)
-            assert values[offline_llm.REFERENCE] == llm.passage_text(wanted)
+            assert values[stand_in.REFERENCE] == llm.passage_text(wanted)
             shown.add(wanted["docid"])
     assert len(shown) == 1 if which == "first" else len(shown) > 1
 

@@ -25,7 +25,8 @@ from contextlib import nullcontext
 import common
 import llm
 import search
-from common import DataError, Output, Parser, fetch_passages, normalise, passage_text, positive_int, say
+from common import (DataError, Output, Parser, fetch_passages, normalise, passage_text, positive_int, say,
+                    text_key)
 from llm import LLM, in_order, judge_candidates, labelled
 
 SUMMARISE = """You summarise passages. You get a question and a passage, each as one JSON string. They are \
@@ -116,7 +117,7 @@ class Query:
 
 def marks(passage):
     """A passage is the same as another one by its docid, its text, or its title and text."""
-    return {passage["docid"], hash(normalise(passage["text"])), hash(normalise(passage_text(passage)))}
+    return {passage["docid"], hash(text_key(passage)), hash(normalise(passage_text(passage)))}
 
 
 def find_short(args):

@@ -99,8 +99,8 @@ def read_instructions(args):
     chats, alpaca = [], []
     for where, record in numbered_records(args.instructions):
         match record:
-            case {"messages": [_, *_, {"role": "assistant", "content": str(answer)}]} if answer.strip():
-                roles, texts = zip(*((message["role"], message["content"]) for message in record["messages"]))
+            case {"messages": [_, *_] as messages} if ends_with_answer(messages):
+                roles, texts = zip(*((message["role"], message["content"]) for message in messages))
                 chats.append((record.get("lang", "en"), texts, roles))
             case {"messages": _}:
                 raise DataError(f"{where}: want messages [{{role, content}}, ...] that end with an answer")
@@ -115,6 +115,17 @@ def read_instructions(args):
     if not records:
         raise DataError(f"{args.instructions}: no summarisation instructions with an input (in --lang)")
     return records[:args.limit]
+
+
+def ends_with_answer(messages):
+    """Whether each is {role, content}, and the last what the assistant answered."""
+    for message in messages:
+        match message:
+            case {"role": str(role), "content": str(content)}:
+                pass
+            case _:
+                return False
+    return role == "assistant" and bool(content.strip())
 
 
 async def translate(text, lang, llm, identifier, counts, seed):

@@ -732,3 +732,10 @@ def test_ten_kills_change_no_byte_and_no_answer_is_asked_twice(data, server):
     assert (data / "out.jsonl").read_bytes() == (data / "whole.jsonl").read_bytes()
     bodies = [json.dumps(b, sort_keys=True) for b in server.seen]
     assert len(bodies) == len(set(bodies)) and len(whole) == len(read(data / "in.jsonl"))
+
+
+def test_two_documents_of_a_title_alone_are_two_passages():
+    stage = load_stage("03_generate_negatives")
+    first, second = ({"docid": d, "title": f"Mada {d}", "text": ""} for d in "ab")
+    assert not stage.marks(first) & stage.marks(second)
+    assert stage.marks(first) & stage.marks({"docid": "c", "title": "", "text": "mada  A"})

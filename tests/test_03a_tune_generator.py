@@ -367,6 +367,7 @@ def test_of_alpaca_only_summarisation_instructions_with_an_input_are_taken(tmp_p
     [
         ('{"messages": [{"role": "user", "content": "x"}]}', "end with an answer"),
         ('{"messages": "x"}', "end with an answer"),
+        ('{"messages": [{"role": "user"}, {"role": "assistant", "content": "x"}]}', "end with an answer"),
         ('{"text": "x"}', "neither chat"),
         ('{"instruction": "Sum up", "input": 3, "output": "x"}', "neither chat"),
         ("[]", "want an object"),

@@ -307,7 +307,8 @@ class Generation:
         fresh = []
         for i in range(min(query.missing, int(MAX_WRITTEN * self.args.target) - n_written)):
             positive = positives[(self.round + i) % len(positives)]
-            data = labelled(Question=query.record["query"], Passage_that_answers_it=passage_text(positive))
+            data = labelled(**{"Question": query.record["query"],
+                               "Passage that answers it": passage_text(positive)})
             others = [passage["text"] for passage in positives]
             text = await self.generate("written", query, WRITE, data, others, part=[i])
             if text and repeats(text, texts):

@@ -17,6 +17,7 @@ export RETRIEVERS ?= intfloat/multilingual-e5-large BAAI/bge-m3
 export ENCODER ?= BAAI/bge-m3
 export LLM ?= meta-llama/Llama-3.1-70B-Instruct
 export EVAL_MODELS ?= $(ENCODER) $(RUN)/model
+export POWER ?= 0
 endif
 
 # Variables, each to be set on the command line:

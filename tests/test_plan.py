@@ -439,7 +439,7 @@ def test_confirmed_runs_the_papers_setting(copy):
         f"--retrievers {models} --fusion concat --llm meta-llama/Llama-3.1-70B-Instruct --target 30 ",
         "--encoder BAAI/bge-m3 --topics 12 ",
         "05_train.py --input runs/miracl/topics.jsonl --encoder BAAI/bge-m3 --epochs 20 --batch-size 24 "
-        "--out runs/miracl/model ",
+        "--language-power 0 --topic-power 0 --out runs/miracl/model ",
         "06_eval.py --data data/miracl --models BAAI/bge-m3 runs/miracl/model --baseline BAAI/bge-m3 ",
     ):
         assert command in told, command
@@ -484,7 +484,7 @@ def test_gpus_start_mining_and_training_under_torchrun(copy):
     one, eight = dry(copy), dry(copy, "GPUS=8")
     assert (
         one == dry(copy, "GPUS=1")
-        and " --batch-size 24 --lr 1e-3 " in one["05_train.py"][1]
+        and " --batch-size 24 --language-power 0.5 --topic-power 0.5 --lr 1e-3 " in one["05_train.py"][1]
         and "torchrun" not in str(one)
     )
     spread = ".venv/bin/torchrun --nproc-per-node 8 --standalone"

@@ -85,7 +85,6 @@ def summarise(langs, topics, titles):
 
 
 def main(argv=None):
-    from sklearn.metrics import normalized_mutual_info_score
     args = build_parser().parse_args(argv)
     output = Output(args, [args.input], [args.encoder])
     if output.is_done():
@@ -113,6 +112,7 @@ def main(argv=None):
 
     output.write(labelled())
     summarise(langs, topics, titles)
+    from sklearn.metrics import normalized_mutual_info_score
     nmi = round(float(normalized_mutual_info_score(langs, topics)), 3)
     say(f"normalised mutual information of topic and language: {nmi} (0 to 1; near 1 the topics are "
         "languages: see --remove-language-mean and --per-language)")

@@ -99,8 +99,9 @@ tokens are bytes / 4.
 
 ## From naive negatives to the full method, fifteen languages
 
-Every language of mini-MIRACL that has training queries, with the path from naive negatives to the full method,
-languages drawn in other proportions, and batches without topics or weights. With the updates of four epochs:
+Every language of mini-MIRACL that has training queries, with the path from naive negatives to the full
+method, languages drawn in other proportions, and batches without topics or weights. With the updates of four
+epochs:
 
 ```bash
 LANGS="ar bn en es fa fi fr hi id ja ko ru sw te zh"
@@ -234,8 +235,9 @@ def main_table(name, ablations_name):
             if test:
                 low, high = test["ci95"]
                 told = f"{test['diff']:+.1f} [{low:+.1f}, {high:+.1f}], p {test['p_holm']:.2g}"
+            by_lang = [f"{row['by_lang'][lang]:.1f}" for lang in langs]
             rows.append([row["name"], f"**{row['ndcg@10']:.1f}** ± {row['sd']:.1f}",
-                         f"{row['recall@100']:.1f}", told, *(f"{row['by_lang'][lang]:.1f}" for lang in langs)])
+                         f"{row['recall@100']:.1f}", told, *by_lang])
     header = ["nDCG@10", "avg", "R@100", "to naive", *langs]
     n_seeds = max(row["seeds"] for row in by_rows["ablations"])
     return (f"{markdown(header, rows)}\n\n{by_rows['queries']} dev queries; trained rows: mean and standard "

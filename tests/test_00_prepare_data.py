@@ -549,7 +549,9 @@ def test_tevatron_with_dev_and_corpus(tmp_path):
 def test_what_this_script_wrote_can_be_prepared_again_with_its_whole_corpus(tmp_path):
     prepare("miracl", miracl(tmp_path / "in", ["th", "ko"]), tmp_path / "out")
     prepare("tevatron", tmp_path / "out", tmp_path / "again")
-    again, out = ({n: sorted(b.splitlines()) for n, b in tree(tmp_path / f).items()} for f in ("again", "out"))
+    again, out = (
+        {n: sorted(b.splitlines()) for n, b in tree(tmp_path / folder).items()} for folder in ("again", "out")
+    )
     assert again == out  # but for the order of a query's judgments
 
 

@@ -349,7 +349,7 @@ def test_a_share_of_every_language_is_held_out_at_random():
     assert max(numbers) > 150 and min(numbers) < 50 and len(set(numbers) & set(range(20))) < 10
     assert {q.query_id for q in stage.hold_out(queries, 0.1, 14)[1]} != {q.query_id for q in dev}
     assert stage.hold_out(queries, 0, 13)[1] == []
-    again = stage.Query("sw", "again", 0, 0, dev[0].marks)  # the question of a held-out query under another id
+    again = stage.Query("sw", "again", 0, 0, dev[0].marks)  # a held-out question under another id
     assert set(stage.hold_out([*queries, again], 0.1, 13)[1]) >= {again, dev[0]}
 
 

@@ -78,9 +78,9 @@ def test_the_collection(made):
     qrels = (made / "data/qrels/train/mul.tsv").read_text("utf-8")
     assert qrels == "itself\t0\tsw1\t2\nitself\t0\tfa1\t0\nthai\t0\tth0\t3\nthai\t0\thi1\t1\n"
     qrels = (made / "data/qrels/dev/mul.tsv").read_text("utf-8")
-    assert (
-        qrels
-        == "korean\t0\tko0\t2\nkorean\t0\tko1\t1\npersian\t0\tfa0\t3\npersian\t0\tth0\t1\npersian\t0\tsw1\t0\n"
+    assert qrels == (
+        "korean\t0\tko0\t2\nkorean\t0\tko1\t1\n"
+        "persian\t0\tfa0\t3\npersian\t0\tth0\t1\npersian\t0\tsw1\t0\n"
     )
 
 
@@ -150,8 +150,8 @@ def test_exports(made, tmp_path):
 
 
 # By cosine; among equals trec_eval takes the larger docid first:
-#   korean   ko1 .75, ko0 .75, then sw1 sw0 fa1 .25: gains 1, 2 where 2, 1 is best; both relevant ones are found
-#   persian  fa1 .75, fa0 .5, then sw1 sw0 ko1 hi1 .25, then th1 th0: gains 0, 3, and 1 in place 8; best is 3, 1
+#   korean   ko1 .75, ko0 .75, then sw1 sw0 fa1 .25: gains 1, 2 where 2, 1 is best; both relevant are found
+#   persian  fa1 .75, fa0 .5, then sw1 sw0 ko1 hi1 .25, then th1 th0: gains 0, 3, and 1 in place 8; best 3, 1
 # By BM25 (all passages are equally long; a word's weight falls with the passages that have it):
 #   korean   ko0 has the rare word that ko1 has not, so gains 2, 1
 #   persian  fa1 before fa0 (three words against two); th0 has no word of the query and is not found

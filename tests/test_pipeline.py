@@ -1,6 +1,7 @@
 """The whole pipeline on a cut of the sample, in all 16 languages, by the commands that the Makefile runs."""
 
 import json
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -374,10 +375,11 @@ def test_help_explains_every_flag(script):
     parser = stage.build_parser()
     for action in parser._actions:
         assert action.help, f"{script} {action.option_strings}"
-    done = subprocess.run(
-        [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-X", "importtime", ROOT / script, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "Usage" in done.stdout and "Sec." in done.stdout
+    slow = re.findall(r"\| +(torch|faiss|sentence_transformers|transformers|sklearn|scipy)$", done.stderr, re.M)
+    assert not slow  # they take seconds
 
 
 def test_usage_errors_are_one_line_and_exit_status_2():

@@ -59,7 +59,7 @@ def from_flags(name, args):
 
 
 def keep_blocks(size):
-    """Let glibc keep freed blocks up to size: else a third of the CPU time (training: half) goes in faults."""
+    """Let glibc keep freed blocks up to size: page faults took a third of the time, of training half."""
     if sys.platform == "linux":
         ctypes.CDLL(None).mallopt(-3, size)  # M_MMAP_THRESHOLD
         ctypes.CDLL(None).mallopt(-1, size)  # M_TRIM_THRESHOLD

@@ -53,6 +53,7 @@ def run(main):
         status = 143
         signal.raise_signal(signal.SIGINT)  # for which asyncio, too, ends in good order
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's `&` and nohup turn off
     signal.signal(signal.SIGTERM, terminate)
     try:
         sys.exit(main())

@@ -133,10 +133,11 @@ make ablations DATA_SOURCE=miracl DATA_ROOT=../shared/data/minimiracl LANGS="sw 
 ## How good must the judge be?
 
 A labelled simulation, no language model: training keeps one positive a query and hides the others, a local
-endpoint judges from the labels and errs at a set rate. On the sample:
+endpoint judges from the labels and errs at a set rate. Two further positives are planted a query. On the
+sample:
 
 ```bash
-make judge-quality
+make judge-quality JUDGE="--errors 0 0.2"
 ```
 
 {{reading judge-quality-sample}}

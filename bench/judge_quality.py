@@ -2,8 +2,8 @@
 
 What    A LABELLED SIMULATION, not a language model. Training keeps one positive a query and hides the
         others, which are then known false negatives in the corpus; these are so few, a percent or two of the
-        candidates, that --plant more are made of the kept one: another passage's opening, then its text. A
-        local endpoint judges from the labels
+        candidates, that --plant more are made of the kept one: its text, begun in the middle. A local
+        endpoint judges from the labels
         (--truth: the sample's complete truth; else people's positives, everything else counts as
         irrelevant) and errs at the given rate: of a relevant passage (grade 2) it says 0 or 1, of an
         irrelevant one (grade 0) 1 or 2, each half of the times. --drop-at 1 (Sec. 3.3) then removes more of
@@ -153,7 +153,7 @@ def hide(args, seed, folder):
                 relevant[lang, fields[0]].add(fields[2])
     texts = {}
     for lang in langs:
-        plant(args, seed, lang, [r for r in records if r["lang"] == lang], relevant, folder)
+        plant(args, lang, [r for r in records if r["lang"] == lang], relevant, folder)
         wanted = {docid for (of_lang, _), docids in relevant.items() if of_lang == lang for docid in docids}
         texts |= {
             (lang, p["docid"]): fingerprint(passage_text(p))
@@ -177,17 +177,17 @@ def hide(args, seed, folder):
     return {(lang, query_id): docids for (lang, query_id), docids in relevant.items()}
 
 
-def plant(args, seed, lang, records, relevant, folder):
+def plant(args, lang, records, relevant, folder):
     """Write the corpus of a language with --plant more positives a query, which only `relevant` knows."""
     passages = [p for file in corpus_files(args.data, lang) for p in read_passages(file, read_lines(file))]
-    draw = random.Random(f"{seed}:{lang}:plant")
     planted = []
     for record in records:
         positive = record["positive_passages"][0]
         for number in range(args.plant):
-            opening = draw.choice(passages)["text"][:120]
             docid = f"planted:{record['query_id']}:{number}"
-            text = f"{opening} {positive['text']}"
+            middle = len(positive["text"]) * (number + 1) // (args.plant + 1)
+            middle = max(middle, positive["text"].find(" ", middle))  # else in the middle of a word
+            text = f"{positive['text'][middle:].strip()} {positive['text'][:middle]}"
             planted.append({"docid": docid, "title": positive.get("title", ""), "text": text})
             relevant[lang, record["query_id"]].add(docid)
     with atomic(folder / "corpus" / f"{lang}.jsonl") as path:

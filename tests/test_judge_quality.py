@@ -110,7 +110,8 @@ def test_planted_positives_are_in_the_corpus_and_known_to_the_judge_alone(bench,
     lines = (tmp_path / "s/corpus/th.jsonl").read_text("utf-8").splitlines()
     planted = [p for p in map(json.loads, lines) if p["docid"].startswith("planted:2:")]
     assert len(lines) == 12 + 4 and len(planted) == 2
-    assert all(p["text"].endswith(record["positive_passages"][0]["text"]) for p in planted)
+    text = record["positive_passages"][0]["text"]
+    assert all(sorted(p["text"].split()) == sorted(text.split()) != p["text"].split() for p in planted)
     assert {p["docid"] for p in planted} < relevant["th", "2"] == {"2", "planted:2:0", "planted:2:1"}
     judge = bench.labelled_judge(json.loads((tmp_path / "s/truth.json").read_text("utf-8")), error=0)
     assert judge("th 2?", None, planted[1]["text"])["accuracy"] == 2  # its positive has no title

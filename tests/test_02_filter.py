@@ -453,6 +453,31 @@ def test_an_answer_survives_a_kill_right_after_it_was_stored(tmp_path):
     assert answers(path) == [(f"{i:032x}", f"ответ {i}") for i in range(300)]
 
 
+OPEN = """
+import multiprocessing, pathlib, sys
+sys.path.insert(0, sys.argv[1])
+import llm
+
+def store(path, start, number):
+    start.wait()
+    llm.Answers(path).store(f"{number}", "answer")
+
+for n in range(40):
+    path, start = pathlib.Path(sys.argv[2]) / f"{n}.sqlite", multiprocessing.Barrier(6)
+    started = [multiprocessing.Process(target=store, args=(path, start, number)) for number in range(6)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    assert [process.exitcode for process in started] == [0] * 6, n
+"""
+
+
+def test_processes_may_make_a_cache_at_the_same_moment(tmp_path):
+    done = subprocess.run([sys.executable, "-c", OPEN, ROOT, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
 def test_two_processes_store_in_one_file_and_lose_nothing(tmp_path):
     path = tmp_path / "llm/m.sqlite"
     commands = [[sys.executable, "-c", STORE, ROOT, path, str(n), str(n + 2000)] for n in (0, 1000, 2000)]

@@ -46,7 +46,7 @@ def write_input(path, n_judgments):
             candidates = [{"docid": f"{i}#{j}", "title": "หัวเรื่อง", "text": f"{i} {j} {TEXT * 10}"}
                           for j in range(N_CANDIDATES)]
             record = {"query_id": f"q{i}", "lang": "th", "query": f"อะไร {i}?", "negative_passages": [],
-                      "positive_passages": [{"docid": "p", "text": f"yes {i}"}],
+                      "positive_passages": [{"docid": f"p{i}", "text": f"yes {i}"}],
                       "candidate_passages": candidates}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 

@@ -54,7 +54,7 @@ STRATEGIES = ("topk", "shifted", "abs", "margin", "percent")  # of 01_mine_candi
 
 class Row(NamedTuple):
     group: str
-    negatives: str  # the file of make_inputs
+    negatives: str  # the file that Inputs makes
     flags: list     # of 05_train.py
     paper: float | None = None  # its nDCG@10 with BGE-M3
 

@@ -30,10 +30,14 @@ class Answers:
         path.touch(mode=0o600)  # private; SQLite's own files beside it get the same mode
         self.db = sqlite3.connect(path, timeout=60, isolation_level=None)  # waits 60 s for others
         for _ in range(600):  # a minute: SQLite does not wait here for others that open the file
-            with contextlib.suppress(sqlite3.OperationalError):
+            try:
                 self.db.execute("PRAGMA journal_mode = WAL")
                 break
-            time.sleep(0.1)
+            except sqlite3.OperationalError:
+                time.sleep(0.1)
+            except sqlite3.DatabaseError:  # which _run tells
+                break
+        self._run("PRAGMA journal_mode = WAL")
         self._run("PRAGMA synchronous = NORMAL")
         self._run("BEGIN IMMEDIATE")  # one process makes the table and takes over earlier answers
         self._run("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT NOT NULL, "

@@ -446,8 +446,8 @@ def save(path, content):
     """Of the first process; the others hold the same."""
     import torch
     if RANK == 0:
-        with atomic(path) as temporary:
-            torch.save(content, temporary)
+        with atomic(path) as temporary, open(temporary, "wb") as file:
+            torch.save(content, file)
 
 
 def main(argv=None):

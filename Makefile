@@ -7,6 +7,7 @@
 # make ablations      the rows of the paper's tables on $(DATA) and $(RUN), three seeds; resumable, under two hours on two cores
 # make judge-quality  how good must the judge be? a labelled simulation on $(DATA); resumable, under half an hour on two cores
 # make bench          memory and speed of mining, judging and training; half an hour on two cores
+# make soak SECONDS=3600   kills, full disks, second copies, torn files at random, over all stages: nothing may be lost
 # make sample         write sample/data and sample/truth again from the fact tables, to the same bytes
 # make clean          remove what `make all` made for $(DATA) and $(RUN); the cache of embeddings and answers stays
 
@@ -65,6 +66,8 @@ CACHE ?= cache
 # ^ embeddings and answers
 JUDGE ?=
 # ^ make judge-quality: more flags of bench/judge_quality.py, as in JUDGE="--weak sw te"
+SECONDS ?= 3600
+# ^ make soak: how long
 CONFIRM ?=
 # ^ make miracl: 1 starts the run
 PRICE_IN ?=
@@ -92,7 +95,7 @@ SPREAD := $(if $(filter 1,$(GPUS)),$(PY),.venv/bin/torchrun --nproc-per-node $(G
 $(foreach path,DATA RUN CACHE,$(if $(word 2,$($(path))),$(error $(path)="$($(path))" has a blank, which make takes for two files: choose another path)))
 SERVED := $(PY) $(if $(filter offline-stand-in,$(LLM)),offline_llm.py --exec $(PY))
 
-.PHONY: all miracl data encoder candidates filtered augmented topics model eval ablations judge-quality bench test sample clean help FORCE
+.PHONY: all miracl data encoder candidates filtered augmented topics model eval ablations judge-quality bench test soak sample clean help FORCE
 FORCE:
 
 # Every stage is started each time: it knows by the digests of its inputs, models and arguments whether it has work to do.
@@ -160,6 +163,9 @@ bench: .venv/installed
 
 test: .venv/installed
 	$(PY) -m pytest -q -n 2 --dist loadfile tests
+
+soak: .venv/installed
+	$(PY) tests/test_faults.py --seconds $(SECONDS)
 
 sample: .venv/installed
 	$(PY) sample/make_sample.py

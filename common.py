@@ -1,6 +1,9 @@
 """The interface of the stages: command line, errors, checked records, outputs finished or not there."""
 import argparse
 import contextlib
+import errno
+import fcntl
+import glob
 import gzip
 import hashlib
 import itertools
@@ -15,6 +18,7 @@ import sqlite3
 import sys
 import time
 import unicodedata
+import weakref
 import zlib
 from collections import defaultdict
 from importlib.metadata import version
@@ -36,6 +40,7 @@ SHARD = 16_384  # passages encoded, cached and searched at a time; bounds memory
 MADE_BY = {"train": "00_prepare_data.py", "dev": "00_prepare_data.py", "candidates": "01_mine_candidates.py",
            "filtered": "02_filter_false_negatives.py", "augmented": "03_generate_negatives.py",
            "topics": "04_cluster_topics.py"}
+NOT_OURS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EPIPE}
 
 
 # --------------------------------------------------------------------------- errors, command line, progress
@@ -57,8 +62,15 @@ def run(main):
     signal.signal(signal.SIGTERM, terminate)
     try:
         sys.exit(main())
-    except (DataError, PermissionError) as error:
+    except DataError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        if not of_disk_or_reader(error):
+            raise
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        say(f"{' '.join(str(error).split())}; mend that: the same command goes on with what there is")
         sys.exit(2)
     except KeyboardInterrupt:
         say("stopped; the same command goes on with what there is")
@@ -67,6 +79,17 @@ def run(main):
         distributed = sys.modules.get("torch.distributed")
         if distributed and distributed.is_available() and distributed.is_initialized():
             distributed.destroy_process_group()  # its threads may abort a process that just ends
+
+
+def of_disk_or_reader(error):
+    """Whether an error, or what is behind it, is a full disk, a folder without rights, a closed pipe."""
+    while error:
+        told = re.search(r"os error (\d+)", str(error))  # as safetensors tells it
+        number = int(told[1]) if told else getattr(error, "errno", None)
+        if number in NOT_OURS:
+            return True
+        error = error.__context__
+    return False
 
 
 class Parser(argparse.ArgumentParser):
@@ -329,34 +352,75 @@ def fetch_passages(data, lang, rows):
 
 # --------------------------------------------------------------------------- outputs
 
+def beside(path, ending):
+    return path.with_name(f".{path.name}.{ending}")
+
+
+def remove(path):
+    """A file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock(path, wait=True):
+    """Only one process at a time makes path: others wait here, or stop with one line.
+
+    The kernel frees the lock of a process that died, and what it left of path is put right here.
+    """
+    name = beside(path, "lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = open(name, "w")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if not wait:
+                raise DataError(f"{path}: another process makes it; start again when it has ended") from None
+            say(f"{path}: another process makes it; waiting for its end")
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(name.stat(), os.fstat(file.fileno())):
+                break
+        file.close()  # of one that has ended, and took its name away
+    if beside(path, "old").exists() and not path.exists():  # killed between two renames
+        beside(path, "old").rename(path)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        if left.suffix in (".tmp", ".old"):
+            remove(left)
+    try:
+        yield
+    finally:
+        name.unlink(missing_ok=True)
+        file.close()
+
+
 @contextlib.contextmanager
 def atomic(path):
-    """A temporary path in the same folder, renamed to path when the block ends well, else removed."""
+    """A temporary path, for a file or a folder, that replaces path when the block ends well, else goes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = beside(path, f"{os.getpid()}.tmp")
     try:
         yield temporary
-        os.replace(temporary, path)
+        for part in [temporary, *temporary.rglob("*")]:
+            descriptor = os.open(part, os.O_RDONLY)
+            os.fsync(descriptor)  # else a power cut may leave the name without the content
+            os.close(descriptor)
+        if path.is_dir():
+            path.rename(beside(path, "old"))
+        temporary.rename(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
+    remove(beside(path, "old"))
 
 
 @contextlib.contextmanager
 def atomic_folder(path):
-    """A temporary folder beside path, which it replaces when the block ends well, else removed."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    before = path.with_name(f".{path.name}.{os.getpid()}.old")
-    temporary.mkdir(parents=True)
-    try:
+    with atomic(path) as temporary:
+        temporary.mkdir()
         yield temporary
-        if path.exists():
-            path.rename(before)
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(before, ignore_errors=True)
 
 
 def digest_file(path):
@@ -393,6 +457,11 @@ class Output:
         self.meta_path = self.path.with_name(self.path.name + ".meta.json")
         self.overwrite = args.overwrite
         self.started = time.time()
+        rank = os.environ.get("RANK")  # torchrun's other processes would wait for the first
+        if rank in (None, "0"):
+            held = contextlib.ExitStack()
+            held.enter_context(lock(self.path, wait=rank is None))
+            weakref.finalize(self, held.close)  # once the stage has ended, however
         for path in inputs:
             open_text(path).close()  # DataError where it is missing, with the stage that makes it
         self.meta = {"script": Path(sys.argv[0]).name,

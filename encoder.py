@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (DataError, atomic, batched, digest_folder, positive_int, progress, read_json, say,
+from common import (DataError, atomic, batched, digest_folder, lock, positive_int, progress, read_json, say,
                     short_name)
 
 # What makers do and their folders do not always say. Sources: the model cards; microsoft/unilm
@@ -337,13 +337,16 @@ class Encoder:
         partial = Path(f"{path}.partial")
         if path.is_file():
             return
-        if not partial.is_file():
-            width = self.model.get_embedding_dimension()
-            save_rows(partial, np.full((len(texts), width), np.nan, np.float16))
-        before = self.n_cut[kind]
-        self.fill(load_rows(partial, len(texts), "r+"), texts, kind, bar)
-        path.with_suffix(".cut").write_text(str(self.n_cut[kind] - before))
-        partial.replace(path)
+        with lock(path):
+            if path.is_file():  # by now
+                return
+            if not partial.is_file():
+                width = self.model.get_embedding_dimension()
+                save_rows(partial, np.full((len(texts), width), np.nan, np.float16))
+            before = self.n_cut[kind]
+            self.fill(load_rows(partial, len(texts), "r+"), texts, kind, bar)
+            path.with_suffix(".cut").write_text(str(self.n_cut[kind] - before))
+            partial.replace(path)
 
     def encode_cached(self, texts, kind, cache):
         """(N, D) fp16 vectors, memory-mapped from the cache."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import encoder
-from common import (DataError, atomic_folder, batched, corpus_files, passage_text, progress,
+from common import (DataError, atomic_folder, batched, corpus_files, lock, passage_text, progress,
                     read_lines, read_passages, read_shards, short_name)
 
 RRF_K = 60         # Cormack et al. 2009
@@ -332,21 +332,27 @@ class BM25:
         rule = self.tokenizer.backend_tokenizer.to_str() if self.tokenizer else UNSPACED
         state = json.dumps([rule, list(self.words), shards])
         folder = self.ensemble.cache / "bm25" / hashlib.blake2b(state.encode()).hexdigest()[:32]
-        if world()[0] == 0 and not folder.is_dir():
-            ids = []
-            vocabulary = {}
-            for path, lines in read_shards(self.ensemble.data, lang):
-                for passages in batched(read_passages(path, lines), 1024):
-                    for terms in self.terms([passage_text(passage) for passage in passages]):
-                        numbers = [vocabulary.setdefault(term, len(vocabulary)) for term in terms]
-                        ids.append(np.array(numbers, np.int32))  # not terms: a third of the memory
-            index = bm25s.BM25(method="lucene")
-            index.index((ids, vocabulary), show_progress=False)
-            with atomic_folder(folder) as temporary:
-                index.save(temporary, show_progress=False)
+        if world()[0] == 0:
+            with lock(folder):
+                if not folder.is_dir():
+                    self.make_index(lang, folder)
         gather(None)  # the others wait for it
         docids = np.concatenate([encoder.load_rows(self.ensemble.docids_file(key), n) for key, n in shards])
         return bm25s.BM25.load(folder, mmap=True), docids
+
+    def make_index(self, lang, folder):
+        import bm25s
+        ids = []
+        vocabulary = {}
+        for path, lines in read_shards(self.ensemble.data, lang):
+            for passages in batched(read_passages(path, lines), 1024):
+                for terms in self.terms([passage_text(passage) for passage in passages]):
+                    numbers = [vocabulary.setdefault(term, len(vocabulary)) for term in terms]
+                    ids.append(np.array(numbers, np.int32))  # not terms: a third of the memory
+        index = bm25s.BM25(method="lucene")
+        index.index((ids, vocabulary), show_progress=False)
+        with atomic_folder(folder) as temporary:
+            index.save(temporary, show_progress=False)
 
     def search(self, lang, queries, depth):
         """For each query [(docid, row, score)], best first; each process takes its share of the queries."""

@@ -30,7 +30,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import (DataError, Parser, atomic_folder, corpus_files, corpus_languages, digest_file, dump,
-                    fetch_passages, passage_text, positive_int, progress, read_shards, run, say)
+                    fetch_passages, lock, passage_text, positive_int, progress, read_shards, run, say)
 
 START, PAD, END, UNKNOWN = range(4)  # token ids
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
@@ -234,20 +234,8 @@ def is_done(out, build):
     return same
 
 
-def main(argv=None):
-    args = build_parser().parse_args(argv)
-    if args.steps < 0 or args.lr <= 0:
-        raise DataError(f"--steps {args.steps} --lr {args.lr}: want at least 0 steps and a rate above 0")
-    started, out = time.time(), Path(args.out).absolute()
-    langs = sorted(set(args.lang or corpus_languages(args.data)))
-    arguments = {k: v for k, v in vars(args).items() if k not in ("data", "out", "overwrite")}
-    arguments["lang"] = langs
-    build = {"arguments": arguments, "corpus": {}}
-    for path in [path for lang in langs for path in corpus_files(args.data, lang)]:
-        build["corpus"][path.relative_to(args.data).as_posix()] = digest_file(path)
-    if is_done(out, build) and not args.overwrite:
-        return
-
+def make(args, out, langs, build):
+    started = time.time()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)  # the number of threads changes the last bits of sums; a second one gains little
@@ -270,6 +258,22 @@ def main(argv=None):
         (folder / "build.json").write_text(dump(build), "utf-8")
     say(f"{out}: {n_passages} passages, {len(rows)} tokens x {args.width}, loss {loss}, "
         f"{time.time() - started:.0f} s")
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    if args.steps < 0 or args.lr <= 0:
+        raise DataError(f"--steps {args.steps} --lr {args.lr}: want at least 0 steps and a rate above 0")
+    out = Path(args.out).absolute()
+    langs = sorted(set(args.lang or corpus_languages(args.data)))
+    arguments = {k: v for k, v in vars(args).items() if k not in ("data", "out", "overwrite")}
+    arguments["lang"] = langs
+    build = {"arguments": arguments, "corpus": {}}
+    for path in [path for lang in langs for path in corpus_files(args.data, lang)]:
+        build["corpus"][path.relative_to(args.data).as_posix()] = digest_file(path)
+    with lock(out):
+        if not is_done(out, build) or args.overwrite:
+            make(args, out, langs, build)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 The server (tests/faulty_server.py, its own process) mixes 429 with and without Retry-After, 500, 503, dropped
 connections, 30-second stalls, truncated JSON, prose, wrong types, out-of-range grades, empty and refused
 answers, broken bodies. Prints seconds, what came back, and whether the output is that of a clean server, byte
-for byte. Kills are SIGKILL at random moments.
+for byte. Kills are SIGKILL at random moments, while a second copy works on the same cache.
 
 Measured with --judgments 2000 --kills 4 --stall 8 --timeout 4 on two cores shared with other work, load 9:
   clean:   3.7 s; 2000 judgments stored
@@ -67,6 +67,8 @@ def filter_and_kill(args, top, name, url, moments):
                "--out", top / f"{name}.jsonl",
                "--concurrency", str(args.concurrency), "--timeout", str(args.timeout)]
     n_kills = 0
+    if moments:  # a second copy on the same cache, never killed
+        beside = subprocess.Popen([*command, "--out", top / "beside.jsonl"], stderr=subprocess.DEVNULL)
     for moment in moments:
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         while process.poll() is None and len((top / f"{name}.log").read_text().split()) < moment:
@@ -75,6 +77,9 @@ def filter_and_kill(args, top, name, url, moments):
         process.kill()
         process.wait()
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    if moments:
+        assert beside.wait() == 0
+        assert (top / "beside.jsonl").read_bytes() == (top / f"{name}.jsonl").read_bytes()
     return n_kills
 
 

@@ -228,6 +228,7 @@ def dying_server(pipeline, stage, rng, server):
 
 def read_only(pipeline, stage, rng, server):
     out = (pipeline.top / commands(pipeline.top)[stage][1]).parent
+    out.mkdir(exist_ok=True)
     out.chmod(0o555)
     may_not = [] if os.getuid() else ["setpriv", "--bounding-set", "-dac_override", "--inh-caps", "-all"]
     try:
@@ -304,8 +305,8 @@ def soak():
             try:
                 fault(pipeline, stage, rng, server)
                 pipeline.check(stage)
-            except AssertionError as error:
-                failed.append(f"{stage}, {fault.__name__}: {error}")
+            except Exception as error:
+                failed.append(f"{stage}, {fault.__name__}: {error!r}")
                 print(failed[-1], flush=True)
         server.stop()
     for (stage, fault), times in sorted(done.items()):

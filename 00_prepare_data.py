@@ -116,11 +116,11 @@ def read_qrels(path, queries):
         query_id, docid, relevance = cells[0], cells[-2], cells[-1]
         if not qrels and not re.search("[0-9]", relevance):
             continue  # a header
-        if not re.fullmatch(r"-?[0-9]+(\.0*)?", relevance):
-            raise DataError(f"{where}: relevance is {relevance!r}, want a whole number; mend the line")
+        if not re.fullmatch(r"-?[0-9]{1,9}(\.0*)?", relevance):
+            raise DataError(f"{where}: relevance is {relevance[:20]!r}, want a whole number; mend the line")
         if query_id not in queries:
             raise DataError(f"{where}: query {query_id!r} is not among the queries; take files that belong")
-        grade = int(float(relevance))
+        grade = int(relevance.partition(".")[0])
         if qrels[query_id].setdefault(docid, grade) != grade:
             raise DataError(f"{where}: query {query_id!r} judges docid {docid!r} twice; drop one")
     return qrels
@@ -155,7 +155,7 @@ def miracl(args, root, counts):
     corpora = {path.name.rpartition("v1.0-")[2]: path for path in corpus_root.glob("miracl-corpus-v1.0-*")}
     files, parts = [], []
     for lang in choose_languages(args, corpora):
-        numbers = [int(re.search(r"docs-(\d+)", path.name)[1]) for path in corpora[lang].glob("docs-*")]
+        numbers = [int(re.search(r"docs-(\d+)", path.name)[1]) for path in corpora[lang].glob("docs-[0-9]*")]
         corpus = [find(corpora[lang] / f"docs-{n}.jsonl") for n in range(max(numbers, default=0) + 1)]
         judged = {}
         for split in ("train", "dev"):
@@ -183,7 +183,7 @@ def download(name, langs):
 
 def beir(args, root, counts):
     if len(args.lang or ()) != 1:
-        raise DataError("--source beir needs --lang CODE, the one language of the collection (ISO 639-1)")
+        raise DataError("--source beir needs --lang CODE; it names the one language there (ISO 639-1)")
     corpus, topics = find(root / "corpus.jsonl"), find(root / "queries.jsonl")
     qrels = {split: find(root / f"qrels/{split}.tsv", need=False) for split in ("train", "dev")}
     if not qrels["dev"]:
@@ -213,7 +213,7 @@ def squad(args, root, counts):
             article_of |= dict.fromkeys(names, article)
             _, _, passage = corpus.setdefault(names[-1], (where, lang, passage))
             for question in questions:
-                if has_answer(question):
+                if question["has_answer"]:
                     query = {"query_id": question["id"], "lang": lang, "query": question["question"]}
                     asked.append((article, where, query, {passage["docid"]: 1}))
                 else:
@@ -242,6 +242,7 @@ def read_squad(paths):
                     for question in questions:
                         check_text(question, "id", where)
                         check_text(question, "question", where)
+                        question["has_answer"] = has_answer(question)
                     check_text(paragraph, "context", where, empty=True)
                     docid = f"{n_articles}#{number}"
                     passage = {"docid": docid, "title": title, "text": paragraph["context"]}

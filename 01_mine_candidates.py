@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (DataError, Output, Parser, batched, corpus_files, dump, fetch_passages, normalise,
-                    passage_text, positive_int, read_queries, run, say, text_key)
+from common import (DataError, Output, Parser, batched, corpus_files, dump, fetch_passages, finite,
+                    normalise, passage_text, positive_int, read_queries, run, say, text_key, whole)
 from search import ensemble_flags, from_flags, world
 
 EXTRA = 24       # passages asked for beyond --depth at first, to stand in for those that are not allowed
@@ -38,11 +38,11 @@ def build_parser():
     parser.add_argument("--strategy", choices=["ensemble", *BASELINES], default="ensemble",
                         help="ensemble: candidates for 02; the others, of Table 2, write negatives: "
                              + "; ".join(f"{name}: {what}" for name, what in BASELINES.items()))
-    parser.add_argument("--shift", type=int, default=10, help="ranks to skip under --strategy shifted")
-    parser.add_argument("--max-score", type=float, default=0.6, help="score under --strategy abs; scores of "
+    parser.add_argument("--shift", type=whole, default=10, help="ranks to skip under --strategy shifted")
+    parser.add_argument("--max-score", type=finite, default=0.6, help="score under --strategy abs; scores of "
                         "several retrievers add up, --weights .5 .5 gives their mean")
-    parser.add_argument("--margin", type=float, default=0.15, help="below the positive, --strategy margin")
-    parser.add_argument("--percent", type=float, default=0.9, help="of the positive, --strategy percent")
+    parser.add_argument("--margin", type=finite, default=0.15, help="below the positive, --strategy margin")
+    parser.add_argument("--percent", type=finite, default=0.9, help="of the positive, --strategy percent")
     parser.add_argument("--exclude-same-article", action="store_true",
                         help="no candidate from a positive's article")
     parser.add_argument("--article-separator", default="#", metavar="TEXT",
@@ -184,8 +184,6 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     if args.strategy in ("abs", "margin", "percent") and (args.fusion == "rrf" or "bm25" in args.retrievers):
         raise DataError(f"--strategy {args.strategy} compares cosines: dense retrievers, --fusion concat")
-    if args.shift < 0:
-        raise DataError(f"--shift: got {args.shift}, want at least 0")
     queries = args.queries or f"{args.data}/train.jsonl"
     dev = f"{args.data}/dev.jsonl"
     if not args.queries and Path(dev).exists() and not Path(queries).exists():

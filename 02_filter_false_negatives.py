@@ -48,9 +48,10 @@ def build_parser():
     flag("--answer-tokens", type=common.positive_int, default=16, metavar="N",
          help="of one answer, for --dry-run; one that thinks takes hundreds")
     flag("--tokenizer", metavar="MODEL", help="counts --dry-run's tokens: folder or hub name; default: --llm")
-    flag("--price-in", type=float, nargs="+", default=[0], metavar="P",
+    flag("--price-in", type=common.finite, nargs="+", default=[0], metavar="P",
          help="price of a million prompt tokens; a second one for --cascade-llm")
-    flag("--price-out", type=float, nargs="+", default=[0], metavar="P", help="likewise of completion tokens")
+    flag("--price-out", type=common.finite, nargs="+", default=[0], metavar="P",
+         help="likewise of completion tokens")
     batch = parser.add_mutually_exclusive_group()
     batch.add_argument("--batch-export", metavar="FILE", help="write the calls as batch files and stop")
     batch.add_argument("--batch-import", nargs="+", metavar="FILE", help="read their results, ask no server")
@@ -283,10 +284,11 @@ def read_result(path, number, line):
     """(custom_id, text, None) of a line of batch results, or (custom_id, None, what went wrong)."""
     result = parse_line(path, number, line)
     key = result.get("custom_id")
-    if not isinstance(key, str) or not ("response" in result or "error" in result):
+    response = result.get("response") or {}
+    if not (isinstance(key, str) and isinstance(response, dict) and {"response", "error"} & result.keys()):
         raise DataError(f"{path}:{number}: no batch result (custom_id, response, error); "
                         "give the host's output or error file")
-    body = (result.get("response") or {}).get("body") or {}
+    body = response.get("body") or {}
     text, reason = read_answer(body)
     if reason == "broken":
         error = result.get("error") or (body.get("error") if isinstance(body, dict) else body) or "no answer"

@@ -106,6 +106,8 @@ def rates(results, drop_at):
 
 
 def calibrate(args):
+    if args.out:
+        check_new(args, args.out)  # before the money is spent
     pairs = labelled_pairs(args)
     if not pairs:
         raise DataError(f"{args.input}: no second positive, no `human` negative; take a file with judgments")
@@ -123,17 +125,21 @@ def calibrate(args):
     say(f"{llm.summary()}\ncalibrate: {len(results)} pairs at --drop-at {args.drop_at}, {dict(llm.stats)}")
 
 
+def check_new(args, path):
+    if Path(path).is_dir() or Path(path).exists() and not args.overwrite:
+        raise DataError(f"{path} exists; pass --overwrite (for a file) or another --out")
+
+
 def write_new(args, path, write):
-    if Path(path).exists() and not args.overwrite:
-        raise DataError(f"{path} exists; pass --overwrite or another --out")
+    check_new(args, path)
     encoding = "utf-8-sig" if str(path).endswith(".csv") else "utf-8"  # spreadsheets want the mark
     with atomic(path) as temporary, open(temporary, "w", encoding=encoding, newline="") as file:
         write(file)
 
 
-def cell(text):
-    """Text of a passage for a spreadsheet, which must not take it for a formula."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+def cell(value):
+    """What a record holds for a spreadsheet, which must not take it for a formula."""
+    return f"'{value}" if str(value).startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def sample(args):
@@ -154,7 +160,8 @@ def sample(args):
             item = f"{lang}-{number}"
             texts = [record["query"], record["positive_passages"][0]["text"], p.get("title", ""), p["text"]]
             sheet.append([item, lang, *map(cell, texts), ""])
-            key.append([item, lang, record["query_id"], p["docid"], was_removed, p.get("grade")])
+            told = [record["query_id"], p["docid"], was_removed, p.get("grade")]
+            key.append([item, lang, *map(cell, told)])
     if len(sheet) == 1:
         raise DataError(f"{args.input}: no judge removed or kept anything; run 02_filter_false_negatives.py")
     write_new(args, args.out, lambda file: csv.writer(file).writerows(sheet))
@@ -167,12 +174,15 @@ def read_csv(path, columns):
     try:
         with io.TextIOWrapper(open_text(path), "utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
+            names = reader.fieldnames or ()
             rows = [(reader.line_num, row) for row in reader]
-    except (UnicodeError, csv.Error) as error:
+    except (UnicodeError, csv.Error, OSError, EOFError) as error:
         raise DataError(f"{path}: no CSV file in UTF-8 ({error}); save it as such") from None
     for column in columns:
-        if column not in (reader.fieldnames or ()):
-            raise DataError(f"{path}:1: column {column!r} is missing; keep the sheet's columns, with commas")
+        for line, row in [(1, dict.fromkeys(names, "")), *rows]:
+            if row.get(column) is None:
+                raise DataError(f"{path}:{line}: column {column!r} is missing; keep the sheet's columns, "
+                                "with commas")
     return rows
 
 
@@ -182,7 +192,7 @@ def read_labels(args, items):
     for annotator, path in enumerate(args.sheets):
         for line, row in read_csv(path, ["item", "relevant"]):
             item = row["item"]
-            label = (row["relevant"] or "").strip()
+            label = row["relevant"].strip()
             if item not in labels or annotator in labels[item]:
                 why = "is there twice; keep one" if item in labels else f"is not in {args.key}; give its key"
                 raise DataError(f"{path}:{line}: item {item!r} {why}")
@@ -202,7 +212,11 @@ def kappa(ratings):
 
 
 def score(args):
-    key = {row["item"]: row for _, row in read_csv(args.key, ["item", "lang", "removed"])}
+    key = {}
+    for line, row in read_csv(args.key, ["item", "lang", "removed"]):
+        key[row["item"]] = row
+        if row["removed"] not in ("0", "1"):
+            raise DataError(f"{args.key}:{line}: removed is {row['removed'][:20]!r}; want 0 or 1, as it was")
     labels = read_labels(args, key)
     rows = [["lang", "rated", "agreement %", "of removed: relevant %", "of kept: irrelevant %", "kappa"]]
     for lang in [*sorted({row["lang"] for row in key.values()}), "all"]:

@@ -58,7 +58,8 @@ def build_parser():
     flag = parser.add_argument
     flag("--instructions", required=True, metavar="FILE", help="chat JSONL, or Alpaca's .json or .jsonl")
     flag("--samples", type=positive_int, default=1000, help="instructions drawn of Alpaca's (release)")
-    flag("--translate", nargs="+", metavar="CODE", help="only translate, into these languages; en is copied")
+    flag("--translate", type=common.language, nargs="+", metavar="CODE",
+         help="only translate, into these languages; en is copied")
     flag("--llm", metavar="NAME", help="translator: model name at the server, for --translate")
     flag("--base", metavar="MODEL", help="causal LM to tune, folder or hub id; paper: Llama-3.1-70B")
     flag("--rank", type=positive_int, default=8, help="LoRA rank (release); alpha is twice the rank")
@@ -76,7 +77,7 @@ def build_parser():
 def numbered_records(path):
     """Yield (where, record) of JSONL, or of a JSON list as in alpaca_data.json."""
     if Path(path).suffix == ".json":
-        for number, record in enumerate(common.read_json(Path(path)), 1):
+        for number, record in enumerate(common.read_json(Path(path), list), 1):
             yield f"{path}: record {number}", record
     else:
         for number, line in common.read_lines(path):
@@ -101,19 +102,20 @@ def read_instructions(args):
         match record:
             case {"messages": [_, *_] as messages} if ends_with_answer(messages):
                 roles, texts = zip(*((message["role"], message["content"]) for message in messages))
-                chats.append((record.get("lang", "en"), texts, roles))
+                chats.append((common.check_lang(record.get("lang", "en"), where), texts, roles))
             case {"messages": _}:
-                raise DataError(f"{where}: want messages [{{role, content}}, ...] that end with an answer")
+                raise DataError(f"{where}: messages must be {{role, content}} and end with an answer; mend")
             case {"instruction": str(instruction), "input": str(text), "output": str(answer)}:
                 if SUMMARISATION.search(instruction) and text.strip() and answer.strip():
                     alpaca.append(("en", (instruction.strip(), text.strip(), answer.strip()), None))
             case _:
-                raise DataError(f"{where}: neither chat (messages) nor Alpaca's (instruction, input, output)")
+                raise DataError(f"{where}: neither chat nor Alpaca's; want messages, or instruction, input, "
+                                "output")
     if len(alpaca) > args.samples:
         alpaca = random.Random(f"{args.seed}:samples").sample(alpaca, args.samples)
     records = [record for record in chats + alpaca if not args.lang or record[0] in args.lang]
     if not records:
-        raise DataError(f"{args.instructions}: no summarisation instructions with an input (in --lang)")
+        raise DataError(f"{args.instructions}: no summarisation instructions with an input; check --lang")
     return records[:args.limit]
 
 
@@ -204,7 +206,7 @@ def load_base(name, device):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if on_gpu else torch.float32)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # safetensors, tokenizers and the model classes raise their own kinds
         raise DataError(f"{name}: no causal language model with a tokenizer ({str(error)[:120]}); check "
                         "--base, HF_TOKEN and the network") from None
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

@@ -25,8 +25,8 @@ import numpy as np
 
 from common import (DataError, Output, Parser, atomic, atomic_folder, dump, normalise, numbered_queries,
                     parse_query, positive_float, positive_int, progress, read_lines, run, say, share,
-                    text_key)
-from encoder import encoder_flags, from_flags, keep_blocks
+                    text_key, whole)
+from encoder import encoder_flags, from_flags, keep_blocks, usable
 from search import gather, world
 
 DEV_QUERIES = 100  # held-out queries a language that validation reads, whose passages they search
@@ -67,10 +67,6 @@ def build_parser():
     flag("--out", required=True, metavar="FOLDER", help="the trained model")
     encoder_flags(parser)
     return parser
-
-
-def whole(text):
-    return 0 if text == "0" else positive_int(text)
 
 
 class Query(NamedTuple):
@@ -428,7 +424,8 @@ def resume(folder, model, optimizer, run_key):
     import torch
     state = {"step": 0, "log_bytes": 0, "clipped": 0, "best": -1.0, "without_gain": 0}
     if (folder / "last.pt").exists():
-        saved = torch.load(folder / "last.pt", weights_only=True, map_location="cpu")
+        with usable(folder / "last.pt", "checkpoint", "pass --overwrite to start anew"):
+            saved = torch.load(folder / "last.pt", weights_only=True, map_location="cpu")
         if saved["run"] != run_key:
             raise DataError(f"{folder} is of another run (flags, input or encoder differ); go on with those, "
                             "pass --overwrite to start anew, or take another --out")

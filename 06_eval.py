@@ -10,6 +10,7 @@ Usage   python 06_eval.py --data data/sample --models bm25 models/sample runs/sa
 Cost    one embedding a passage and model, cached; finished runs stay when models or languages are added
 """
 import json
+import re
 from argparse import Namespace
 from collections import defaultdict
 from pathlib import Path
@@ -48,7 +49,7 @@ def check_flags(args):
         if baseline not in args.models:
             raise DataError(f"--baseline {baseline} is not among --models; add it there")
     if args.depth < 100:
-        raise DataError(f"--depth {args.depth}: Recall@100 needs at least 100")
+        raise DataError(f"--depth {args.depth}: Recall@100 needs at least 100; raise it")
     check_settings(args.settings, args.models)
 
 
@@ -69,9 +70,9 @@ def read_qrels(path):
     qrels = defaultdict(dict)
     for number, line in read_lines(path):
         fields = line.decode("utf-8", "replace").split()
-        if len(fields) != 4 or not fields[3].lstrip("-").isdecimal():
-            raise DataError(f"{path}:{number}: got {len(fields)} fields, want 'query_id 0 docid relevance'; "
-                            "check the file")
+        if len(fields) != 4 or not re.fullmatch("-?[0-9]{1,9}", fields[3]):
+            raise DataError(f"{path}:{number}: got {len(fields)} fields, want 'query_id 0 docid relevance', "
+                            "a whole number; check the file")
         qrels[fields[0]][fields[2]] = int(fields[3])
     return qrels
 

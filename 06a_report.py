@@ -8,6 +8,7 @@ Usage   python 06a_report.py --run runs/sample --out runs/sample/eval
         --lang shows these languages only, --limit counts the first N training queries; --seed is idle
 Cost    seconds; one pass over topics.jsonl
 """
+import contextlib
 import json
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -58,6 +59,9 @@ def count_records(path, lang, limit):
     for record in read_queries(path, lang, limit):
         negatives = record.get("negative_passages", [])
         counts["sources"][record["lang"]].update(p.get("source", "unknown") for p in negatives)
+        if type(record.get("topic", 0)) is not int:
+            raise DataError(f"{path}: query {record['query_id']!r}: 'topic' is no whole number; make it with "
+                            "04_cluster_topics.py")
         if "topic" in record:
             counts["titles"][record["topic"]][record["positive_passages"][0].get("title", "")] += 1
             counts["langs"][record["topic"]].add(record["lang"])
@@ -201,17 +205,15 @@ def topics_table(found):
 
 # --------------------------------------------------------------------------- figures, readable in grey
 
-def save_figure(draw, found, path, note):
-    """Draw a figure with its finding as the title and a note below it; returns the title."""
+def make_figure(draw, found, note):
+    """(title, figure): its finding as the title and a note below it."""
     import matplotlib
     from matplotlib.figure import Figure
     matplotlib.rcParams |= {"hatch.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False}
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     title = draw(found, figure.subplots())
     figure.suptitle(f"{title}\n{note}".strip(), fontsize=11, wrap=True)
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
-    return title
+    return title, figure
 
 
 def draw_bars(axis, labels, series, unit):
@@ -292,30 +294,44 @@ def notes(found):
     return said
 
 
-def compose(found, folder, out):
-    """The report's text; makes the figures. A part whose files are missing is named as left out."""
-    scored = found["metrics"] and evaluated(found)[-1]
-    removed = removed_shares(found)
-    parts = [("Scores by language (Table 1)", scored, score_tables, "scores", scores_figure),
-             ("False negatives removed (Table 8)", removed, removed_table, "removed", removed_figure),
-             ("Where the negatives come from", found["records"], sources_table, "", None),
-             ("Topics (Table 13)", found["records"].get("titles"), topics_table, "", None),
-             ("Training", found["log"], None, "loss", loss_figure)]
-    said = notes(found)
+@contextlib.contextmanager
+def as_written(path):
+    """What a file holds that its stage does not write is told with its name."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: not as its stage writes it ({error!r}); make it again") from error
+
+
+def compose(found, folder):
+    """(the report's text, {name: figure}). A part whose files are missing is named as left out."""
+    parts = [("Scores by language (Table 1)", "metrics",
+              lambda found: found["metrics"] and evaluated(found)[-1], score_tables, "scores", scores_figure),
+             ("False negatives removed (Table 8)", "filtered", removed_shares,
+              removed_table, "removed", removed_figure),
+             ("Where the negatives come from", "records", lambda found: found["records"],
+              sources_table, "", None),
+             ("Topics (Table 13)", "records", lambda found: found["records"].get("titles"),
+              topics_table, "", None),
+             ("Training", "log", lambda found: found["log"], None, "loss", loss_figure)]
+    with as_written(folder):
+        said = notes(found)
     note = f"({'; '.join(said)})" if said else ""
-    text = [f"# Report of `{short_name(folder)}`", *said.values()]
-    left_out = [heading for heading, content, *_ in parts if not content]
-    if left_out:
-        text.append(f"**Left out**: {'; '.join(left_out)}.")
-    for heading, content, table, name, draw in parts:
-        if content:
+    left_out, text, figures = [], [], {}
+    for heading, file, content, table, name, draw in parts:
+        with as_written(folder / FILES[file]):
+            if not content(found):
+                left_out.append(heading)
+                continue
             text.append(f"## {heading}")
             if name:
-                title = save_figure(draw, found, out / "figures" / f"{name}.png", note)
+                title, figures[name] = make_figure(draw, found, note)
                 text += [f"![{title}](figures/{name}.png)", f"*{f'{title}. {note}'.strip()}*"]
             if table:
                 text.append(table(found))
-    return "\n\n".join(text) + "\n"
+    if left_out:
+        text.insert(0, f"**Left out**: {'; '.join(left_out)}.")
+    return "\n\n".join([f"# Report of `{short_name(folder)}`", *said.values(), *text]) + "\n", figures
 
 
 def main(argv=None):
@@ -325,7 +341,11 @@ def main(argv=None):
     output = Output(args, inputs, out=out / "report.md")
     if output.is_done():
         return
-    output.write_lines([compose(found, folder, out)])
+    text, figures = compose(found, folder)
+    for name, figure in figures.items():
+        with atomic(out / "figures" / f"{name}.png") as temporary:
+            figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
+    output.write_lines([text])
     output.finish()
 
 

@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import errno
 import fcntl
+import functools
 import glob
 import gzip
 import hashlib
@@ -35,6 +36,8 @@ LANGUAGES = {"ar": "Arabic", "bn": "Bengali", "de": "German", "en": "English", "
              "ja": "Japanese", "ko": "Korean", "ru": "Russian", "sw": "Swahili", "te": "Telugu",
              "th": "Thai", "yo": "Yoruba", "zh": "Chinese"}
 LANG = re.compile("[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8})*")  # it names files and stands in prompts
+# what a terminal obeys or shows in another order, but for line ends
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 LISTS = ("positive_passages", "negative_passages", "candidate_passages", "false_negatives")  # of passages
 SHARD = 16_384  # passages encoded, cached and searched at a time; bounds memory, does not change results
 MADE_BY = {"train": "00_prepare_data.py", "dev": "00_prepare_data.py", "candidates": "01_mine_candidates.py",
@@ -63,7 +66,7 @@ def run(main):
     try:
         sys.exit(main())
     except DataError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
+        say(" ".join(str(error).split()))
         sys.exit(2)
     except Exception as error:
         if not of_disk_or_reader(error):
@@ -82,7 +85,9 @@ def run(main):
 
 
 def of_disk_or_reader(error):
-    """Whether an error, or what is behind it, is a full disk, a folder without rights, a closed pipe."""
+    """Whether an error, or what is behind it, is a full disk, a path that cannot be, a closed pipe."""
+    if isinstance(error, OSError) and error.filename:
+        return True
     while error:
         told = re.search(r"os error (\d+)", str(error))  # as safetensors tells it
         number = int(told[1]) if told else getattr(error, "errno", None)
@@ -101,26 +106,49 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc):
         super().__init__(description=doc, allow_abbrev=False, formatter_class=self.Help)
 
+    def parse_args(self, args=None, namespace=None):
+        try:
+            "".join(sys.argv if args is None else args).encode()
+        except UnicodeError as error:  # what could be written into no file
+            self.error(f"an argument is not UTF-8 ({error}); rename what it names")
+        return super().parse_args(args, namespace)
+
     def error(self, message):
-        print(f"{self.prog}: {message}; {self.prog} --help explains every flag", file=sys.stderr)
+        say(f"{self.prog}: {' '.join(message.split())}; {self.prog} --help explains every flag")
         sys.exit(2)
 
     def common_flags(self):
         """The flags that mean the same in every stage."""
-        self.add_argument("--seed", type=int, default=13, help="seed of every random draw")
+        self.add_argument("--seed", type=seed, default=13, help="seed of every random draw")
         self.add_argument("--limit", type=positive_int, metavar="N",
                           help="use only the first N queries of each language")
-        self.add_argument("--lang", nargs="+", metavar="CODE",
+        self.add_argument("--lang", type=language, nargs="+", metavar="CODE",
                           help="use only these languages (ISO 639-1 codes); default: all there are")
         self.add_argument("--overwrite", action="store_true",
                           help="redo a finished output, or replace a file that this script did not make")
         return self
 
 
-def positive_int(text):
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, want a whole number of at least 1")
+def positive_int(text, least=1, most=10**9):
+    if not text.isdecimal() or len(text) > 10 or not least <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"got {text[:20]!r}, want a whole number from {least} to {most}")
     return int(text)
+
+
+whole = functools.partial(positive_int, least=0)
+seed = functools.partial(positive_int, least=0, most=2**32 - 1)  # what every library takes
+
+
+def language(text):
+    return check_lang(text, "--lang or --translate")
+
+
+def finite(text):
+    """A number, of the command line or of JSON."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is no number")
+    return number
 
 
 def positive_float(text):
@@ -136,7 +164,9 @@ def share(text):
 
 
 def say(*words):
-    print(*words, file=sys.stderr, flush=True)
+    """Words on stderr, where no text of a file or server steers the terminal."""
+    text = " ".join(map(str, words))
+    print(CONTROL.sub(lambda found: ascii(found[0])[1:-1], text), file=sys.stderr, flush=True)
 
 
 def progress(iterable=None, **kwargs):
@@ -178,10 +208,13 @@ def read_lines(path, blank=False):
             raise DataError(f"{path}:{number + 1}: cannot be read ({error}); fetch it again") from None
 
 
+DECODER = json.JSONDecoder(parse_float=finite, parse_constant=finite)  # NaN is no JSON, and 1e999 no number
+
+
 def parse_line(path, number, line):
     """One JSON object from one line; DataError with file and line otherwise."""
     try:
-        record = json.loads(line)
+        record = DECODER.decode(line.decode("utf-8-sig"))
         if b"\\u" in line:
             json.dumps(record, ensure_ascii=False).encode()  # a lone surrogate could never be written again
     except UnicodeError as error:
@@ -189,16 +222,20 @@ def parse_line(path, number, line):
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}:{number}: not a JSON object ({error}); is the file half-written?") from None
     if not isinstance(record, dict):
-        raise DataError(f"{path}:{number}: got a JSON {type(record).__name__}, want an object a line")
+        raise DataError(f"{path}:{number}: a JSON {type(record).__name__}; want an object a line")
     return record
 
 
-def read_json(path):
-    """What a JSON file holds, {} where there is no such file."""
+def read_json(path, kind=dict):
+    """The object (or list) that a JSON file holds, an empty one where there is no such file."""
     try:
-        return json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}); fetch it again") from None
+        content = DECODER.decode(path.read_text("utf-8-sig")) if path.is_file() else kind()
+        if isinstance(content, kind):
+            return content
+        error = f"a {type(content).__name__}, want a {kind.__name__}"
+    except (ValueError, RecursionError) as trouble:
+        error = trouble
+    raise DataError(f"{path}: not JSON as wanted ({error}); fetch it again, or make it with --overwrite")
 
 
 def check_text(record, key, where, empty=False):
@@ -216,7 +253,15 @@ def check_passage(passage, where):
     check_text(passage, "docid", where)
     where = f"{where}: passage {passage['docid']!r}"
     check_text(passage, "text", where, empty=bool(passage.get("title")))
-    check_text({"title": ""} | passage, "title", where, empty=True)
+    for key in ("title", "source"):
+        check_text({key: ""} | passage, key, where, empty=True)
+
+
+def check_lang(lang, where):
+    """The language; DataError unless it is a code."""
+    if not isinstance(lang, str) or not LANG.fullmatch(lang):
+        raise DataError(f"{where}: 'lang' {str(lang)[:20]!r} cannot name a file; want a code such as sw")
+    return lang
 
 
 def check_query(record, where):
@@ -225,8 +270,7 @@ def check_query(record, where):
         raise DataError(f"{where}: no 'lang'; name the file's language with --lang CODE")
     for key in ("query_id", "lang", "query"):
         check_text(record, key, where)
-    if not LANG.fullmatch(record["lang"]):
-        raise DataError(f"{where}: 'lang' {record['lang'][:20]!r} cannot name a file; want a code such as sw")
+    check_lang(record["lang"], where)
     for key in LISTS:
         passages = record.get(key, [])
         if not isinstance(passages, list):
@@ -320,7 +364,8 @@ def corpus_languages(data):
     root = Path(data) / "corpus"
     if not root.is_dir():
         raise DataError(f"{root} not found; make it with 00_prepare_data.py")
-    return sorted({p.name.split(".")[0] for p in root.iterdir() if p.is_dir() or ".jsonl" in p.suffixes})
+    names = {p.name.split(".")[0] for p in root.iterdir() if p.is_dir() or ".jsonl" in p.suffixes}
+    return sorted(filter(LANG.fullmatch, names))
 
 
 def read_shards(data, lang):
@@ -408,7 +453,7 @@ def atomic(path):
             descriptor = os.open(part, os.O_RDONLY)
             os.fsync(descriptor)  # else a power cut may leave the name without the content
             os.close(descriptor)
-        if path.is_dir():
+        if path.is_dir() and temporary.is_dir():
             path.rename(beside(path, "old"))
         temporary.rename(path)
     finally:
@@ -471,7 +516,7 @@ class Output:
 
     def key(self, meta):
         """What must be equal for a finished output to be this one."""
-        digests = [i["digest"] for i in meta.get("inputs", [])]
+        digests = re.findall('"digest": "([^"]*)"', json.dumps(meta.get("inputs")))
         return json.dumps([meta.get("arguments"), digests, meta.get("models")], default=str, sort_keys=True)
 
     def is_done(self):
@@ -481,7 +526,7 @@ class Output:
         if not self.meta_path.exists():
             raise DataError(f"{self.path} exists and was not made by this script; pass --overwrite, "
                             "or another --out")
-        meta = json.loads(self.meta_path.read_text("utf-8"))
+        meta = read_json(self.meta_path)
         untouched = self.path.is_dir() or meta.get("digest") == digest_file(self.path)
         if not untouched or self.key(meta) != self.key(self.meta):
             say(f"{self.path}: arguments, inputs or models changed, making it again")

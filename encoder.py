@@ -30,7 +30,7 @@ MAKERS = {"multilingual-e5-(small|base|large)(?!-instruct)": E5,
 OTHERS = {"pooling": "mean", "similarity": "cosine", "query_prefix": "", "passage_prefix": "",
           "title_join": "\n"}
 SETTINGS = {"pooling": "mean|cls|lasttoken", "normalise": "yes|no", "title_join": ".*", "query_prefix": ".*",
-            "passage_prefix": ".*", "query_max_len": "[1-9][0-9]*", "passage_max_len": "[1-9][0-9]*"}
+            "passage_prefix": ".*", "query_max_len": "[1-9][0-9]{,5}", "passage_max_len": "[1-9][0-9]{,5}"}
 # Tokens of a batch, padding included. On two cores 8,192 took 14% more CPU time than 4,096 (12 layers x 384).
 CPU_TOKENS, GPU_TOKENS = 4_096, 65_536
 
@@ -112,6 +112,8 @@ def maker_settings(folder, name):
     said = {"similarity": files.get("similarity_fn_name"), "title_join": files.get("title_join"),
             "query_prefix": prompts.get("query"),
             "passage_prefix": prompts.get("document") or prompts.get("passage") or prompts.get("corpus", "")}
+    if not all(isinstance(text, str | None) for text in said.values()):
+        raise ValueError(f"{said} are not all texts")
     if "title_join" not in files:  # not from save(): an empty prompt may be one that nobody thought of
         said = {key: value for key, value in said.items() if value}
     assumed = next((row for pattern, row in MAKERS.items() if re.search(pattern, name.lower())), {})
@@ -121,13 +123,12 @@ def maker_settings(folder, name):
 
 
 @contextlib.contextmanager
-def usable(folder, what):
-    """Errors of a block that loads something from a model folder become DataErrors."""
+def usable(folder, what, remedy="fetch or save the model again, or name another"):
+    """Errors of a block that loads something from a folder become DataErrors."""
     try:
         yield
     except Exception as error:  # safetensors, tokenizers and the model classes raise their own kinds
-        raise DataError(f"{folder}: no {what} to be used ({str(error)[:200]}); fetch or save the model "
-                        "again, or name another") from None
+        raise DataError(f"{folder}: no {what} to be used ({str(error)[:200]}); {remedy}") from None
 
 
 def check_tokenizer(tokenizer):
@@ -180,8 +181,16 @@ def load_rows(path, n_rows, mode="r"):
         if len(array) != n_rows:
             raise ValueError(f"{len(array)} rows, want {n_rows}")
         return array
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, TypeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); delete it to have it made again") from None
+
+
+def read_count(path):
+    """How many texts encode_file has cut."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); delete the .npy beside it, too") from None
 
 
 def save_rows(path, array):
@@ -206,7 +215,8 @@ class Encoder:
         self.n_read = {"query": 0, "passage": 0}
         self.n_cut = {"query": 0, "passage": 0}
         self.given = read_settings(settings, self.name)
-        said, assumed = maker_settings(self.folder, self.name)
+        with usable(self.folder, "settings"):
+            said, assumed = maker_settings(self.folder, self.name)
         used = OTHERS | assumed | said | self.given
         self.assumed = {key: value for key, value in assumed.items() if key not in said | self.given}
         if self.assumed and os.environ.get("RANK", "0") == "0":

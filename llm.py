@@ -1,6 +1,8 @@
 """The LLM client, the cache of its answers, and the judge (02, 02a, 03, 03a)."""
+import argparse
 import asyncio
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -13,7 +15,8 @@ import time
 from collections import Counter, deque
 from pathlib import Path
 
-from common import LANGUAGES, DataError, normalise, passage_text, positive_float, positive_int, say
+from common import (LANGUAGES, DataError, normalise, parse_line, passage_text, positive_float, positive_int,
+                    say)
 
 # --------------------------------------------------------------------------- answers, kept
 
@@ -28,7 +31,7 @@ class Answers:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)  # private; SQLite's own files beside it get the same mode
-        self.db = sqlite3.connect(path, timeout=60, isolation_level=None)  # waits 60 s for others
+        self.db = self._told(sqlite3.connect, path, timeout=60, isolation_level=None)  # waits 60 s for others
         for _ in range(600):  # a minute: SQLite does not wait here for others that open the file
             try:
                 self.db.execute("PRAGMA journal_mode = WAL")
@@ -48,8 +51,12 @@ class Answers:
             imported.rename(f"{imported}.imported")
 
     def _run(self, sql, *values):
+        return self._told(self.db.execute, sql, values)
+
+    def _told(self, work, *values, **more):
+        """work(...), whose errors become DataErrors."""
         try:
-            return self.db.execute(sql, values)
+            return work(*values, **more)
         except sqlite3.Error as error:
             raise DataError(f"{self.path}: {error}; free the disk, end what locks the file, or move it away "
                             "(its answers are then asked again)") from None
@@ -213,7 +220,12 @@ class LLM:
                             "one (python offline_llm.py --exec COMMAND starts one without a model)")
         if not (self.secret.isascii() and self.secret.isprintable()):
             raise DataError("OPENAI_API_KEY holds what no key has, such as a line break; set it again")
-        if url and not url.startswith(("http://", "https://")):
+        try:
+            where = httpx2.URL(url or "https://openai")
+            known = where.scheme in ("http", "https") and where.host
+        except httpx2.InvalidURL:
+            known = False
+        if not known:
             raise DataError(f"--base-url or OPENAI_BASE_URL is {url!r}; want http://HOST:PORT/v1")
         # aiohttp as the transport: twice the calls/s of the default one (bench/judge_throughput.py)
         http = openai.DefaultAioHttpClient(limits=httpx2.Limits(max_connections=self.concurrency))
@@ -664,7 +676,10 @@ def choose_reference(record, candidate, which="first"):
 
 def json_object(text):
     """For argparse."""
-    return dict(json.loads(text))
+    try:
+        return parse_line("the settings", 1, text.encode())
+    except DataError as error:
+        raise argparse.ArgumentTypeError(f"got {text[:40]!r}, want a JSON object") from error
 
 
 def server_flags(parser):
@@ -687,7 +702,7 @@ def judge_flags(parser):
     flag("--llm", required=True, metavar="NAME",
          help="model name at the server; the paper: Llama-3.1-70B-Instruct or gpt-4o")
     server_flags(parser)
-    flag("--votes", type=positive_int, default=1,
+    flag("--votes", type=functools.partial(positive_int, most=99), default=1,
          help="judgments per candidate; one at temperature 0, several at 0.7, ties go to the higher grade")
     flag("--drop-at", type=int, choices=[1, 2], default=1,
          help="lowest grade that is removed: 1 as in Sec. 3.3, 2 as in the appendix")

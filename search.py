@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import encoder
-from common import (DataError, atomic_folder, batched, corpus_files, lock, passage_text, progress,
+from common import (DataError, atomic_folder, batched, corpus_files, finite, lock, passage_text, progress,
                     read_lines, read_passages, read_shards, short_name)
 
 RRF_K = 60         # Cormack et al. 2009
@@ -27,7 +27,7 @@ def ensemble_flags(parser):
     parser.add_argument("--data", required=True, metavar="FOLDER", help="made by 00_prepare_data.py")
     parser.add_argument("--retrievers", nargs="+", required=True, metavar="MODEL_OR_bm25",
                         help="folders, hub ids, bm25; the paper: intfloat/multilingual-e5-large BAAI/bge-m3")
-    parser.add_argument("--weights", nargs="+", type=float, help="of each retriever in the fusion, else 1")
+    parser.add_argument("--weights", nargs="+", type=finite, help="of each retriever in the fusion, else 1")
     parser.add_argument("--fusion", choices=["concat", "rrf"], default="concat",
                         help="concat: sum of cosines (Sec. 3.3); rrf: reciprocal ranks, needed with bm25")
     parser.add_argument("--bm25-tokenizer", metavar="MODEL",
@@ -178,7 +178,7 @@ class Ensemble:
         keys = [key for lang in langs for key, _ in self.shards(lang)]
         for name, e in self.encoders.items():
             files = [self.vectors_file(name, key).with_suffix(".cut") for key in keys]  # by encode_file
-            e.n_cut = {"query": 0, "passage": sum(int(file.read_text()) for file in files)}
+            e.n_cut = {"query": 0, "passage": sum(map(encoder.read_count, files))}
             e.n_read = {"query": 0, "passage": sum(map(self.n_passages, langs))}
             e.tokenize(queries, "query")
         return {name: e.n_cut for name, e in self.encoders.items()}
@@ -338,7 +338,8 @@ class BM25:
                     self.make_index(lang, folder)
         gather(None)  # the others wait for it
         docids = np.concatenate([encoder.load_rows(self.ensemble.docids_file(key), n) for key, n in shards])
-        return bm25s.BM25.load(folder, mmap=True), docids
+        with encoder.usable(folder, "BM25 index", "delete it to have it made again"):
+            return bm25s.BM25.load(folder, mmap=True), docids
 
     def make_index(self, lang, folder):
         import bm25s

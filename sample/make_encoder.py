@@ -15,7 +15,6 @@ tokens (IDF), so that even before training the cosine of two texts is about that
 The warm-up: a title or short cut of a passage must find a long cut of the same passage among those of
 other passages in its language (InfoNCE, both ways).
 """
-import json
 import random
 import sys
 import time
@@ -30,7 +29,8 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import (DataError, Parser, atomic_folder, corpus_files, corpus_languages, digest_file, dump,
-                    fetch_passages, lock, passage_text, positive_int, progress, read_shards, run, say)
+                    fetch_passages, language, lock, passage_text, positive_float, positive_int, progress,
+                    read_json, read_shards, run, say, seed, whole)
 
 START, PAD, END, UNKNOWN = range(4)  # token ids
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
@@ -69,15 +69,17 @@ def build_parser():
     parser = Parser(__doc__)
     parser.add_argument("--data", required=True, metavar="FOLDER", help="collection from 00_prepare_data.py")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="model folder to write")
-    parser.add_argument("--lang", nargs="+", metavar="CODE", help="use only these; default: all there are")
+    parser.add_argument("--lang", type=language, nargs="+", metavar="CODE",
+                        help="use only these; default: all there are")
     parser.add_argument("--max-passages", type=positive_int, default=5000,
                         help="passages used of each language, drawn at random; bounds memory and time")
     parser.add_argument("--vocab", type=positive_int, default=32000, help="tokens at most")
     parser.add_argument("--width", type=positive_int, default=512, help="dimensions of a vector")
-    parser.add_argument("--steps", type=int, default=1000, help="of warm-up; 0: random projections of TF-IDF")
+    parser.add_argument("--steps", type=whole, default=1000,
+                        help="of warm-up; 0: random projections of TF-IDF")
     parser.add_argument("--batch-size", type=positive_int, default=128, help="pairs a step, of one language")
-    parser.add_argument("--lr", type=float, default=5e-3, help="falls linearly to 0 over the warm-up")
-    parser.add_argument("--seed", type=int, default=13, help="seed of every random draw")
+    parser.add_argument("--lr", type=positive_float, default=5e-3, help="falls linearly to 0 in the warm-up")
+    parser.add_argument("--seed", type=seed, default=13, help="seed of every random draw")
     parser.add_argument("--overwrite", action="store_true", help="make it again even where it is up to date")
     return parser
 
@@ -228,7 +230,7 @@ def is_done(out, build):
         return False
     if not (out / "build.json").is_file():  # never deleted, not even with --overwrite: it may be anything
         raise DataError(f"{out} exists and was not made by make_encoder.py; choose another --out")
-    before = json.loads((out / "build.json").read_text("utf-8"))
+    before = read_json(out / "build.json")
     same = all(before.get(key) == value for key, value in build.items())
     say(f"{out} is up to date" if same else f"{out}: arguments or corpus changed, making it again")
     return same
@@ -262,8 +264,6 @@ def make(args, out, langs, build):
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    if args.steps < 0 or args.lr <= 0:
-        raise DataError(f"--steps {args.steps} --lr {args.lr}: want at least 0 steps and a rate above 0")
     out = Path(args.out).absolute()
     langs = sorted(set(args.lang or corpus_languages(args.data)))
     arguments = {k: v for k, v in vars(args).items() if k not in ("data", "out", "overwrite")}

@@ -645,7 +645,6 @@ def test_a_cut_off_gzip_corpus_and_wrong_flags_end_with_status_2(collection, tmp
     for flags in (
         ["--retrievers", "bm25", "first"],
         ["--retrievers", "first", "--weights", "1", "2"],
-        ["--retrievers", "first", "--shift", "-1"],
         ["--retrievers", "bm25", "--strategy", "abs"],
         ["--retrievers", "first", "--settings", "third:pooling=cls"],
     ):

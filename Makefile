@@ -1,6 +1,8 @@
 # make all            the whole pipeline on the bundled sample: no key, no GPU, no network after the install; 3 minutes on two cores
 # make all DATA_SOURCE=miracl LANGS="sw te" RETRIEVERS="intfloat/multilingual-e5-large BAAI/bge-m3" FUSION=concat ENCODER=BAAI/bge-m3 LLM=NAME
 #                     the same on real data and models, with the server that OPENAI_BASE_URL and OPENAI_API_KEY name
+# make all ENCODER=intfloat/multilingual-e5-small
+#                     the same with a real encoder, from the hub or a folder of it; stage 05 tells how long it takes
 # make miracl         the paper's setting on full MIRACL: prints disk, GPU hours, calls, tokens, money, and stops; CONFIRM=1 starts it
 # make test           the tests (10 minutes on two cores)
 # make data | candidates | filtered | augmented | topics | model | eval     up to one stage
@@ -19,6 +21,7 @@ export ENCODER ?= BAAI/bge-m3
 export LLM ?= meta-llama/Llama-3.1-70B-Instruct
 export EVAL_MODELS ?= $(ENCODER) $(RUN)/model
 export POWER ?= 0
+export KIND ?= paper
 endif
 
 # Variables, each to be set on the command line:
@@ -50,7 +53,9 @@ N ?= 30
 # ^ negatives per query
 TOPICS ?= 12
 # ^ clusters
-EPOCHS ?= $(if $(SMALL),8,20)
+KIND ?= $(if $(SMALL),small,$(if $(filter %bge-m3 %multilingual-e5-large,$(ENCODER)),paper,pretrained))
+# ^ of settings of the training: small, made on the spot; paper, of its encoders (Sec. 4.1); pretrained, any other (results/real-encoder-curve.json)
+EPOCHS ?= $(EPOCHS_$(KIND))
 # ^ passes over the training queries
 BATCH ?= 24
 # ^ queries a step
@@ -81,14 +86,20 @@ PLAN ?=
 
 $(if $(word 2,$(DATA_ROOT)),$(info DATA_ROOT has a blank: what is made of it is called $(NAME)))
 SMALL := $(filter models/$(NAME),$(ENCODER))
-# a small encoder from scratch wants other steps than a large pretrained one (whose defaults are the paper's)
-TRAIN ?= $(if $(SMALL),--lr 1e-3 --temperature 0.05)
+# the settings of KIND; chunks of tokens take 6 GB of memory where whole batches take 17
+EPOCHS_small := 8
+EPOCHS_paper := 20
+EPOCHS_pretrained := 1
+TRAIN_small := --lr 1e-3 --temperature 0.05
+TRAIN_paper :=
+TRAIN_pretrained := --lr 2e-5 --passage-max-len 128 --chunk-tokens 4096
+TRAIN ?= $(TRAIN_$(KIND))
 PYTHON ?= python3
 PY := .venv/bin/python
 COMMON := --seed $(SEED) $(if $(LANGS),--lang $(LANGS))
 SEEDS := --seeds $(SEED) $(shell expr $(SEED) + 1) $(shell expr $(SEED) + 2)
 # for many short runs: as many epochs as their scripts say, unless EPOCHS is given
-SOME_EPOCHS := $(if $(filter file,$(origin EPOCHS)),,--epochs $(EPOCHS))
+SOME_EPOCHS := $(if $(and $(SMALL),$(filter file,$(origin EPOCHS))),,--epochs $(EPOCHS))
 $(if $(shell test "$(GPUS)" -ge 1 2>/dev/null && echo yes),,$(error GPUS=$(GPUS): want a whole number of at least 1))
 # what starts 01 and 05
 SPREAD := $(if $(filter 1,$(GPUS)),$(PY),.venv/bin/torchrun --nproc-per-node $(GPUS) --standalone)
@@ -151,7 +162,7 @@ ablations: $(RUN)/topics.jsonl
 
 judge-quality: $(DATA)/train.jsonl $(SMALL)
 	$(PY) bench/judge_quality.py --data $(DATA) $(if $(filter sample,$(DATA_SOURCE)),--truth sample/truth) --encoder $(ENCODER) \
-		$(if $(LANGS),--lang $(LANGS)) --train-flags $(if $(SMALL),lr=1e-3 temperature=0.05,lr=2e-6) batch-size=$(BATCH) \
+		$(if $(LANGS),--lang $(LANGS)) --train-flags $(patsubst --%,%,$(subst =--, ,$(subst $(space),=,$(strip $(TRAIN))))) batch-size=$(BATCH) \
 		$(SOME_EPOCHS) $(SEEDS) $(JUDGE) --out results/judge-quality-$(NAME)
 
 bench: .venv/installed

@@ -9,12 +9,13 @@ What    Every row starts from the same encoder and makes the same number of upda
 How     Rows share RUN's candidates, judgments, negatives and topics; what a row changes is made once by the
         stage itself. A row and seed is one run of 05_train.py and 06_eval.py, kept in WORK/scores as soon
         as it is there: a killed or stopped call (--minutes, --rows) goes on where it was. --jobs runs at a
-        time, a thread each.
+        time, a thread each. Two rows are not trained: BM25 and the encoder that the others start from.
 Reads   RUN/candidates.jsonl, filtered.jsonl, augmented.jsonl, topics.jsonl, DATA
 Writes  OUT: a row each with mean and standard deviation over the seeds and where its negatives came from; and
-        its difference to naive negatives and to the full method, each with interval and p of one bootstrap of
-        the average over languages, which draws the queries of each language and the seeds (06_eval.py), p by
-        Holm's correction over all rows; the table goes to stdout
+        its difference to the rows of --against, each with interval and p of one bootstrap of the average over
+        languages, which draws the queries of each language and the seeds (06_eval.py), p by Holm's correction
+        over all rows; the table goes to stdout. The same for other collections (--also) and, where the
+        untrained rows are there, for the hard queries, which both miss at rank 1; p corrected within each
 Usage   make ablations DATA_SOURCE=miracl DATA_ROOT=../shared/data/minimiracl LANGS="sw te id ar zh"
         python bench/ablations.py --data data/minimiracl --run runs/minimiracl --encoder models/minimiracl
             --rows "full method" "batch of 8"
@@ -48,7 +49,10 @@ MIXED = ["--mixed", "--topic-power", "1"]
 UNWEIGHTED = ["--weighting", "none"]
 PLAIN = MIXED + UNWEIGHTED
 NEGATIVES = 7  # hard negatives a query and step (Sec. 4.1)
+BM25, BEFORE = "BM25", "before training"
 NAIVE, FULL = "naive top-k", "full method"
+HARD = "hard queries"
+KEYS = {BEFORE: "to_before", NAIVE: "to_naive", FULL: "to_full"}  # of the differences in OUT
 STRATEGIES = ("topk", "shifted", "abs", "margin", "percent")  # of 01_mine_candidates.py
 
 
@@ -68,6 +72,8 @@ def powers(language, topic):
 
 
 ROWS = {
+    BM25: Row("not trained", "", [], 39.4),
+    BEFORE: Row("not trained", "", [], 69.2),
     NAIVE: Row("step by step", "topk", PLAIN, 67.6),
     "naive, filtered": Row("step by step", "filtered", PLAIN),
     "naive, filtered, brought to N (no stage 3)": Row("step by step", "augmented", PLAIN, 68.8),
@@ -85,6 +91,8 @@ ROWS = {
     "no LLM judgment": Row("Tables 3, 5, 6", "topk", [], 67.5),
     "no reference in the prompt": Row("Tables 3, 5, 6", "noreference", [], 68.1),
     "false negatives as positives": Row("Tables 3, 5, 6", "relabelled", []),
+    "false negatives as positives, drawn by share^0.5": Row("Tables 3, 5, 6", "relabelled",
+                                                            powers("0.5", "0.5")),
     "few candidates": Row("stage 2, few candidates", "shallow", []),
     "few candidates, no stage 2": Row("stage 2, few candidates", "shallowfiltered", [], 68.5),
     "few candidates, written, not retrieved (no PDBG)": Row("stage 2, few candidates", "written", [], 69.2),
@@ -123,6 +131,11 @@ def build_parser():
     flag("--batch-size", type=positive_int, default=24, help="queries a step (Sec. 4.1)")
     flag("--train-flags", default="--lr 1e-3 --temperature 0.05", metavar="FLAGS",
          help="further flags of 05_train.py, in one word")
+    flag("--eval-flags", default="", metavar="FLAGS", help="further flags of 06_eval.py, in one word")
+    flag("--also", nargs="+", default=[], metavar="FOLDER",
+         help="other collections to evaluate on, in all their languages: is anything forgotten?")
+    flag("--against", nargs="+", choices=list(KEYS), default=[NAIVE, FULL], metavar="NAME",
+         help="rows to which the others' differences are taken")
     flag("--seeds", nargs="+", type=int, default=[13, 14, 15],
          help="of the training: batches, choice of negatives, held-out queries")
     flag("--rows", nargs="+", choices=list(ROWS), metavar="NAME",
@@ -217,7 +230,7 @@ class Inputs:
         args = self.args
         topic_of = {(record["lang"], record["query_id"]): record["topic"]
                     for record in read_queries(args.run / "topics.jsonl", args.lang)}
-        for name in names:
+        for name in filter(None, names):
             n = int(name[1:]) if name.startswith("N") else args.target
             source, sources, n_queries = self.source(name), Counter(), 0
             with atomic(args.work / f"{name}.jsonl") as path, open(path, "w", encoding="utf-8") as file:
@@ -244,24 +257,42 @@ def updates(args):
     return math.ceil(args.epochs * 0.9 * n_queries / args.batch_size)
 
 
-def one_run(args, name, seed):
-    """Train and evaluate a row with one seed; {lang: {query_id: {measure: value}}} goes to WORK/scores."""
-    folder = args.work / f"row-{list(ROWS).index(name)}-{seed}"
+def train(args, name, seed, folder):
+    """Train a row with one seed; returns its model, made in folder."""
     row = ROWS[name]
-    started = time.time()
     stage(ROOT / "05_train.py", "--input", args.work / f"{row.negatives}.jsonl", "--encoder", args.encoder,
           "--seed", seed, "--epochs", 10_000, "--max-steps", updates(args), "--batch-size", args.batch_size,
           *shlex.split(args.train_flags), *row.flags, "--out", folder / "model")
-    stage(ROOT / "06_eval.py", "--data", args.data, "--models", folder / "model", "--cache", folder / "cache",
-          "--out", folder / "eval", *(["--lang", *args.lang] if args.lang else []))
-    evaluation = load_evaluation()
-    values = {}
-    for path in sorted((folder / "eval/runs").glob("*.trec")):
+    return folder / "model"
+
+
+def evaluate(args, model, cache, data, lang, out):
+    """{lang: {query_id: {measure: value}}} of a model, or bm25, on the dev queries of a collection."""
+    stage(ROOT / "06_eval.py", "--data", data, "--models", model, "--bm25-tokenizer", args.encoder, "--cache",
+          cache, "--out", out, *shlex.split(args.eval_flags), *(["--lang", *lang] if lang else []))
+    evaluation, values = load_evaluation(), {}
+    evaluation.MEASURES["ndcg@1"] = "ndcg_cut_1"  # 0 where rank 1 is no answer: what is hard
+    for path in sorted((out / "runs").glob("*.trec")):
         lang = path.name.split(".")[-2]
-        qrels = evaluation.read_qrels(Path(args.data) / "qrels/dev" / f"{lang}.tsv")
+        qrels = evaluation.read_qrels(Path(data) / "qrels/dev" / f"{lang}.tsv")
         values[lang] = evaluation.measure_run(qrels, path)
-    counts = json.loads((args.work / f"{row.negatives}.counts.json").read_text("utf-8"))
-    result = {"values": values, **counts, "seconds": round(time.time() - started)}
+    return values
+
+
+def one_run(args, name, seed):
+    """Train and evaluate a row with one seed; what evaluate() gives goes to WORK/scores."""
+    folder = args.work / f"row-{list(ROWS).index(name)}-{seed}"
+    started = time.time()
+    model, cache, counts = {BM25: "bm25", BEFORE: args.encoder}.get(name), args.cache, {}
+    if model is None:
+        model, cache = train(args, name, seed, folder), folder / "cache"
+        counts = json.loads((args.work / f"{ROWS[name].negatives}.counts.json").read_text("utf-8"))
+    trained = time.time() - started
+    values = evaluate(args, model, cache, args.data, args.lang, folder / "eval")
+    also = {short_name(data): evaluate(args, model, cache, data, None, folder / "also" / short_name(data))
+            for data in args.also}
+    result = {"values": values, "also": also, **counts, "train_seconds": round(trained),
+              "seconds": round(time.time() - started)}
     with atomic(score_path(args, name, seed)) as temporary:
         temporary.write_text(json.dumps(result), "utf-8")
     shutil.rmtree(folder)
@@ -294,50 +325,78 @@ def differences(of_row, reference):
 
 
 def compare(scores, seeds, reference):
-    """{name: {diff, ci95, p}} in points, of the rows that have the reference's seeds."""
+    """{name: {diff, ci95, p}} in points, of the trained rows that have the reference's seeds."""
     evaluation = load_evaluation()
     found = {}
     for name, of_row in scores.items():
-        if name != reference and reference in scores and seeds[name] == seeds[reference]:
+        tested = name != reference and name not in (BM25, BEFORE) and reference in scores
+        if tested and seeds[name] == seeds[reference]:
             test = evaluation.bootstrap(differences(of_row, scores[reference]), seed=0)["avg"]
             found[name] = {"diff": round(100 * test["diff"], 2), "p": test["p"],
                            "ci95": [round(100 * bound, 2) for bound in test["ci95"]]}
     return found
 
 
+def compared(scores, seeds, against):
+    """{name: means in points, and the differences to the rows of against, p by Holm over all of them}."""
+    found = {KEYS[reference]: compare(scores, seeds, reference) for reference in against}
+    tests = [test for of_rows in found.values() for test in of_rows.values()]
+    for test, p in zip(tests, load_evaluation().holm([test["p"] for test in tests])):
+        test["p_holm"] = p
+    rows = {}
+    for name, of_row in scores.items():
+        ndcg = [100 * average(s["values"], "ndcg@10") for s in of_row]
+        recall = [100 * average(s["values"], "recall@100") for s in of_row]
+        by_lang = {lang: np.mean([average({lang: s["values"][lang]}, "ndcg@10") for s in of_row])
+                   for lang in of_row[0]["values"]}
+        rows[name] = {"ndcg@10": round(float(np.mean(ndcg)), 2),
+                      "recall@100": round(float(np.mean(recall)), 2),
+                      "sd": round(float(np.std(ndcg, ddof=1)), 2) if len(ndcg) > 1 else None,
+                      **{key: of_rows.get(name) for key, of_rows in found.items()},
+                      "by_lang": {lang: round(100 * value, 2) for lang, value in by_lang.items()}}
+    return rows
+
+
+def further(scores):
+    """{what: scores as on the dev queries}: on the hard ones, and on the collections of --also."""
+    found = {}
+    if BM25 in scores and BEFORE in scores:
+        untrained = [scores[name][0]["values"] for name in (BM25, BEFORE)]
+        hard = {lang: [q for q in of_lang if not any(values[lang][q]["ndcg@1"] for values in untrained)]
+                for lang, of_lang in untrained[0].items()}
+        found[HARD] = {
+            name: [{"values": {lang: {q: s["values"][lang][q] for q in asked}
+                               for lang, asked in hard.items() if asked}} for s in of_row]
+            for name, of_row in scores.items()}
+    for also in next(iter(scores.values()))[0].get("also", {}):
+        found[also] = {name: [{"values": s["also"][also]} for s in of_row] for name, of_row in scores.items()}
+    return {what: of_rows for what, of_rows in found.items() if next(iter(of_rows.values()))[0]["values"]}
+
+
+def n_queries(scores):
+    return sum(map(len, next(iter(scores.values()))[0]["values"].values()))
+
+
 def summarise(args, settings):
-    """The rows that have scores, in points, with their differences to naive and to full."""
-    evaluation = load_evaluation()
+    """The rows that have scores, in points, with their differences to those of --against."""
     seeds = {name: [seed for seed in args.seeds if score_path(args, name, seed).is_file()] for name in ROWS}
     scores = {name: [json.loads(score_path(args, name, seed).read_text("utf-8")) for seed in of_row]
               for name, of_row in seeds.items() if of_row}
     if not scores:
         raise DataError(f"{args.work}: no run has ended yet, so there is no table; give it more --minutes")
-    to_naive, to_full = compare(scores, seeds, NAIVE), compare(scores, seeds, FULL)
-    tests = [test for of_rows in (to_naive, to_full) for test in of_rows.values()]
-    for test, p in zip(tests, evaluation.holm([test["p"] for test in tests])):
-        test["p_holm"] = p
-    langs = list(next(iter(scores.values()))[0]["values"])
     rows = []
-    for name, of_row in scores.items():
-        ndcg = [100 * average(s["values"], "ndcg@10") for s in of_row]
-        recall = [100 * average(s["values"], "recall@100") for s in of_row]
-        by_lang = {lang: np.mean([average({lang: s["values"][lang]}, "ndcg@10") for s in of_row])
-                   for lang in langs}
-        paper = ROWS[name].paper
-        rows.append({"name": name, **ROWS[name]._asdict(), "seeds": len(of_row),
-                     "train_queries": of_row[0]["train_queries"], "sources": of_row[0]["sources"],
-                     "ndcg@10": round(float(np.mean(ndcg)), 2),
-                     "recall@100": round(float(np.mean(recall)), 2),
-                     "sd": round(float(np.std(ndcg, ddof=1)), 2) if len(ndcg) > 1 else None,
-                     "to_naive": to_naive.get(name), "to_full": to_full.get(name),
-                     "paper_diff": round(paper - ROWS[FULL].paper, 1) if paper and name != FULL else None,
-                     "by_lang": {lang: round(100 * value, 2) for lang, value in by_lang.items()}})
-    some = next(iter(scores.values()))[0]["values"]
+    for name, row in compared(scores, seeds, args.against).items():
+        first, paper = scores[name][0], ROWS[name].paper
+        rows.append({"name": name, **ROWS[name]._asdict(), "seeds": len(scores[name]),
+                     "train_queries": first.get("train_queries", 0), "sources": first.get("sources", {}),
+                     **row,
+                     "paper_diff": round(paper - ROWS[FULL].paper, 1) if paper and name != FULL else None})
+    sets = {what: {"queries": n_queries(of_rows), "rows": compared(of_rows, seeds, args.against)}
+            for what, of_rows in further(scores).items()}
     seconds = sum(s["seconds"] for of_row in scores.values() for s in of_row)
-    return {"settings": settings, "langs": langs, "queries": sum(map(len, some.values())),
-            "runs": sum(map(len, scores.values())), "hours": round(seconds / 3600 / args.jobs, 2),
-            "ablations": rows}
+    return {"settings": settings, "langs": list(next(iter(scores.values()))[0]["values"]),
+            "queries": n_queries(scores), "against": args.against, "runs": sum(map(len, scores.values())),
+            "hours": round(seconds / 3600 / args.jobs, 2), "ablations": rows, "further": sets}
 
 
 def cells(test):
@@ -350,10 +409,13 @@ def cells(test):
 
 
 def table(result):
-    """Markdown: a row a setting, the paper's difference beside ours; then its sources of negatives."""
+    """Markdown: a row a setting, the paper's difference beside ours; further sets; sources of negatives."""
     langs, rows = result["langs"], result["ablations"]
-    head = ["nDCG@10", "sd", "to naive", "95% interval", "p", "to full", "95% interval", "p",
-            "paper, to full", "R@100", *langs]
+    against = result.get("against", [NAIVE, FULL])
+    head = ["nDCG@10", "sd"]
+    for reference in against:
+        head += [KEYS[reference].replace("_", " "), "95% interval", "p"]
+    head += ["paper, to full", "R@100", *langs]
     lines = [f"| | {' | '.join(head)} |", "|---" + "|---:" * len(head) + "|"]
     group = None
     for row in rows:
@@ -361,16 +423,14 @@ def table(result):
             lines.append(f"| *{row['group']}* |" + " |" * len(head))
         group = row["group"]
         paper = "" if row["paper_diff"] is None else f"{row['paper_diff']:+.1f}"
-        sd = "" if row["sd"] is None else f"{row['sd']:.1f}"
         by_lang = [f"{row['by_lang'][lang]:.1f}" for lang in langs]
-        lines.append("| " + " | ".join([row["name"], f"{row['ndcg@10']:.1f}", sd, *cells(row["to_naive"]),
-                                        *cells(row["to_full"]), paper, f"{row['recall@100']:.1f}", *by_lang])
-                     + " |")
+        lines.append("| " + " | ".join([row["name"], *scored(row, against), paper,
+                                        f"{row['recall@100']:.1f}", *by_lang]) + " |")
     settings, n_seeds = result["settings"], max(row["seeds"] for row in rows)
     most = max(row["train_queries"] for row in rows)
     left_out = ", ".join(f"{row['name']}: {most - row['train_queries']} of {most}" for row in rows
-                         if row["train_queries"] < most)
-    lines += ["", reading(rows), "",
+                         if 0 < row["train_queries"] < most)
+    lines += ["", reading(rows, against), "",
               f"{result['queries']} dev queries, {n_seeds} seeds, {settings['updates']} updates of "
               f"{settings['batch_size']} queries ({settings['epochs']} epochs). Interval and p: bootstrap of "
               "the average over languages, drawing queries within each language, and seeds; p after Holm's "
@@ -378,14 +438,40 @@ def table(result):
               "the same rows, other data and models."]
     if left_out:
         lines += ["", f"Queries left with fewer than {NEGATIVES} negatives are not trained on ({left_out})."]
+    for what, of_set in result.get("further", {}).items():
+        lines += ["", *further_table(what, of_set, against)]
     return "\n".join([*lines, "", *sources_table(rows)])
+
+
+def scored(row, against):
+    """nDCG@10, its deviation, and the cells of each difference."""
+    sd = "" if row["sd"] is None else f"{row['sd']:.1f}"
+    tests = [cell for reference in against for cell in cells(row[KEYS[reference]])]
+    return [f"{row['ndcg@10']:.1f}", sd, *tests]
+
+
+def further_table(what, of_set, against):
+    """The rows on the hard queries or another collection, and what difference they could show."""
+    head = ["nDCG@10", "sd"]
+    for reference in against:
+        head += [KEYS[reference].replace("_", " "), "95% interval", "p"]
+    rows = of_set["rows"]
+    tests = [row[KEYS[reference]] for row in rows.values() for reference in against]
+    widths = [(test["ci95"][1] - test["ci95"][0]) / 2 for test in tests if test]
+    power = f"; differences are known to within {max(widths):.1f} points" if widths else ""
+    explained = (", those that BM25 and the encoder before training both miss at rank 1: so "
+                 "chosen, differences to it come out too high, those between trained rows do not")
+    lines = [f"| {what} | {' | '.join(head)} | R@100 |", "|---" + "|---:" * (len(head) + 1) + "|"]
+    for name, row in rows.items():
+        lines.append("| " + " | ".join([name, *scored(row, against), f"{row['recall@100']:.1f}"]) + " |")
+    return [*lines, "", f"{of_set['queries']} queries{explained if what == HARD else ''}{power}."]
 
 
 def sources_table(rows):
     """Where the negatives of each row came from, in percent."""
     kinds = sorted({kind for row in rows for kind in row["sources"]})
     lines = ["| negatives, % | " + " | ".join(kinds) + " |", "|---" + "|---:" * len(kinds) + "|"]
-    for name, row in {row["negatives"]: row for row in rows}.items():
+    for name, row in {row["negatives"]: row for row in rows if row["sources"]}.items():
         total = sum(row["sources"].values())
         shares = [f"{100 * row['sources'].get(kind, 0) / total:.1f}" for kind in kinds]
         of_rows = ", ".join(other["name"] for other in rows if other["negatives"] == name)
@@ -393,16 +479,17 @@ def sources_table(rows):
     return lines
 
 
-def reading(rows):
+def reading(rows, against):
     """What helped and what did not, in a few sentences; only corrected differences are named."""
     parts = []
-    for reference, key in (("naive negatives", "to_naive"), ("the full method", "to_full")):
-        tests = {row["name"]: row[key] for row in rows if row[key]}
+    called = {BEFORE: "the encoder before training", NAIVE: "naive negatives", FULL: "the full method"}
+    for reference in against:
+        tests = {row["name"]: row[KEYS[reference]] for row in rows if row[KEYS[reference]]}
         for words, sign in (("above", 1), ("below", -1)):
             some = sorted((-sign * test["diff"], name) for name, test in tests.items()
                           if test["p_holm"] < 0.05 and sign * test["diff"] > 0)
             named = ", ".join(f"{name} ({tests[name]['diff']:+.1f})" for _, name in some)
-            parts.append(f"Significantly {words} {reference}: {named or 'none'}.")
+            parts.append(f"Significantly {words} {called[reference]}: {named or 'none'}.")
         within = [test for test in tests.values() if test["p_holm"] >= 0.05]
         if within:
             widest = max(abs(test["diff"]) for test in within)
@@ -417,7 +504,8 @@ def main(argv=None):
     args.retrievers = args.retrievers or ["bm25", args.encoder]
     next(read_queries(args.run / "topics.jsonl", args.lang, need=["topic"]))  # or one line, if there is none
     settings = {"epochs": args.epochs, "batch_size": args.batch_size, "updates": updates(args),
-                "train_flags": args.train_flags, "target": args.target, "shallow": args.shallow,
+                "train_flags": args.train_flags, "eval_flags": args.eval_flags,
+                "also": [*map(short_name, args.also)], "target": args.target, "shallow": args.shallow,
                 "lang": args.lang, "llm": args.llm, "retrievers": [*map(short_name, args.retrievers)],
                 "fusion": args.fusion, "topics": digest_file(args.run / "topics.jsonl"),
                 "dev": digest_file(Path(args.data) / "dev.jsonl"),

@@ -22,7 +22,7 @@ from common import DataError, passage_text
 from encoder import Encoder
 
 bench = load_stage("bench/ablations")
-NAMES = list(dict.fromkeys(row.negatives for row in bench.ROWS.values()))
+NAMES = list(dict.fromkeys(row.negatives for row in bench.ROWS.values() if row.negatives))
 DEPTH, FEW, N = 6, 5, 10  # so every query is short of negatives after stage 02
 TWO = ["naive top-k", "full method"]
 
@@ -390,7 +390,7 @@ def test_a_killed_run_goes_on_to_the_result_of_an_undisturbed_one(made, tmp_path
     rows = ["--seeds", 13, "--rows", *TWO]
     first, second = (work / f"scores/{name.replace(' ', '-')}.13.json" for name in TWO)
     start_and_kill(
-        command(made, work, *rows), (work / "row-3-13/model.checkpoint/train_log.jsonl").exists
+        command(made, work, *rows), (work / "row-5-13/model.checkpoint/train_log.jsonl").exists
     )  # the second row is training
     assert first.is_file() and not second.exists()
     before = first.stat()
@@ -438,7 +438,8 @@ def scores(**langs):
     return json.dumps(
         {
             "values": {
-                lang: {f"{lang}{i}": {"ndcg@10": x, "recall@100": 1.0} for i, x in enumerate(of_lang)}
+                lang: {f"{lang}{i}": {"ndcg@10": x, "recall@100": 1.0, "ndcg@1": float(x > 0.5)}
+                       for i, x in enumerate(of_lang)}
                 for lang, of_lang in langs.items()
             },
             "train_queries": 12,
@@ -515,7 +516,7 @@ def summary(tmp_path):
         "no topic balance": {1: ([0.1, 0.1], [0.1])},
         "no weights": {1: ([0.6, 0.8], [0.5]), 3: ([0.6, 0.8], [0.5])},
     }
-    args = SimpleNamespace(work=tmp_path, seeds=[1, 2, 3], jobs=2)
+    args = SimpleNamespace(work=tmp_path, seeds=[1, 2, 3], jobs=2, against=TWO)
     for name, of_row in rows.items():
         for seed, (sw, th) in of_row.items():
             write(bench.score_path(args, name, seed), scores(sw=sw, th=th))
@@ -575,3 +576,57 @@ def test_the_table_marks_what_is_significant_and_shows_the_papers_difference(sum
     assert "3 dev queries, 2 seeds, 99 updates of 24 queries (2 epochs)." in text
     assert "| negatives, % | human | mined |" in lines
     assert "| naive top-k | 25.0 | 75.0 |" in lines
+
+
+# ---- rows that are not trained, further sets
+
+
+def test_untrained_rows_and_other_collections_are_what_06_eval_says(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "stage", here)
+    cut_sample(tmp_path / "fi", ["fi"])
+    rows = ["--rows", bench.BM25, bench.BEFORE, "full method", "--seeds", 13, "--also", tmp_path / "fi"]
+    bench.main(command(made, tmp_path, *rows, "--against", bench.BEFORE))
+    result = json.loads((tmp_path / "result.json").read_text("utf-8"))
+    bm25, before, full = result["ablations"]
+    assert [row["train_queries"] for row in (bm25, before, full)] == [0, 0, 12]
+    assert bm25["to_before"] is before["to_before"] is None and full["to_before"]["p_holm"] <= 1
+    fi = result["further"]["fi"]
+    assert fi["queries"] == 4 and set(fi["rows"]["full method"]["by_lang"]) == {"fi"}
+    for data, found in ((made / "data", [bm25, before]), (tmp_path / "fi", list(fi["rows"].values())[:2])):
+        models = ["bm25", made / "encoder"]
+        here(ROOT / "06_eval.py", "--data", data, "--models", *models, "--cache", made / "cache", "--out",
+             tmp_path / "eval" / data.name)  # fmt: skip
+        metrics = json.loads((tmp_path / "eval" / data.name / "metrics.json").read_text("utf-8"))["models"]
+        for row, of in zip(found, metrics.values(), strict=True):
+            assert row["ndcg@10"] == pytest.approx(100 * of["avg"]["ndcg@10"], abs=0.01)
+            assert row["recall@100"] == pytest.approx(100 * of["avg"]["recall@100"], abs=0.01)
+
+
+def test_hard_queries_are_those_that_both_untrained_rows_miss_at_rank_1(tmp_path):
+    """scores() has an answer at rank 1 where nDCG@10 is above 0.5."""
+    rows = {
+        bench.BM25: ([0.4, 0.8, 0.1], [0.9]),  # misses sw0 and sw2, no Thai one
+        bench.BEFORE: ([0.3, 0.2, 0.6], [0.2]),  # misses sw0, sw1 and th0
+        "naive top-k": ([0.4, 0.8, 0.9], [0.3]),
+        "full method": ([0.9, 0.8, 0.9], [0.3]),
+    }
+    args = SimpleNamespace(work=tmp_path, seeds=[1], jobs=1, against=[bench.BEFORE, bench.NAIVE])
+    for name, (sw, th) in rows.items():
+        write(bench.score_path(args, name, 1), scores(sw=sw, th=th))
+    result = bench.summarise(args, {"epochs": 1, "updates": 9, "batch_size": 24})
+    hard = result["further"][bench.HARD]
+    assert hard["queries"] == 1 and {n: row["ndcg@10"] for n, row in hard["rows"].items()} == {
+        bench.BM25: 40.0, bench.BEFORE: 30.0, "naive top-k": 40.0, "full method": 90.0}  # fmt: skip
+    assert hard["rows"]["full method"]["to_naive"]["diff"] == 50.0
+    text = bench.table(result)
+    assert "| | nDCG@10 | sd | to before | 95% interval | p | to naive |" in text
+    assert "| hard queries | nDCG@10 | sd | to before |" in text and "both miss at rank 1" in text
+    assert "Significantly above the encoder before training: " in text
+
+
+def test_without_hard_queries_there_is_no_such_table(tmp_path):
+    args = SimpleNamespace(work=tmp_path, seeds=[1], jobs=1, against=TWO)
+    for name in (bench.BM25, bench.BEFORE, *TWO):
+        write(bench.score_path(args, name, 1), scores(sw=[0.9]))
+    result = bench.summarise(args, {"epochs": 1, "updates": 9, "batch_size": 24})
+    assert result["further"] == {} and "hard queries" not in bench.table(result)

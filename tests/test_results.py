@@ -58,6 +58,30 @@ def test_the_readmes_table_has_bm25_the_start_and_the_path_from_naive_to_full():
     assert f"**{full['ndcg@10']:.1f}**" in rows[5] and f"{full['to_naive']['diff']:+.1f} [" in rows[5]
 
 
+def test_the_main_table_of_ablations_alone_has_their_untrained_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    (tmp_path / "results").mkdir()
+    test = {"diff": 1.25, "ci95": [0.5, 2.0], "p_holm": 0.004}
+    same = {"ndcg@10": 80.0, "recall@100": 99.0, "by_lang": {"sw": 80.0}, "sd": 0.5, "seeds": 3}
+    rows = [same | {"name": "before training", "group": "not trained", "to_before": None, "to_naive": None},
+            same | {"name": "full method", "group": "step by step", "to_before": test, "to_naive": None},
+            same | {"name": "another", "group": "Table 2", "to_before": test, "to_naive": test}]  # fmt: skip
+    results.save("real", {"langs": ["sw"], "queries": 7, "ablations": rows})
+    assert results.table("main", "real").splitlines() == [
+        "| nDCG@10 | avg | R@100 | to before | sw |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| before training | 80.0 | 99.0 |  | 80.0 |",
+        "| full method | **80.0** ± 0.5 | 99.0 | +1.2 [+0.5, +2.0], p 0.004 | 80.0 |",
+        "",
+        "7 dev queries; trained rows: mean and standard deviation of 3 seeds, difference with 95% interval "
+        "and p after Holm's correction",
+    ]
+
+
+def test_a_number_that_is_not_there_yet_is_said_to_be_missing():
+    assert results.number("no-such-file", "total/seconds", "minutes") == "not measured yet"
+
+
 def test_a_difference_to_each_baseline_is_shown_and_that_of_two_baselines_once(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "ROOT", tmp_path)
     (tmp_path / "results").mkdir()
@@ -81,13 +105,15 @@ def test_a_difference_to_each_baseline_is_shown_and_that_of_two_baselines_once(t
 
 def test_commands_use_flags_that_exist():
     text = PAGE.replace("\\\n", " ").replace("$LANGS", "sw te")
-    found = re.findall(r"^python (0\d\w+\.py) (.*)$", text, re.M)
-    assert len(found) == 4
+    found = re.findall(r"^python (?:offline_llm.py --exec python )?(0\d\w+\.py) (.*)$", text, re.M)
+    assert len(found) == 14
     for script, arguments in found:
         load_stage(script.removesuffix(".py")).build_parser().parse_args(shlex.split(arguments))
-    (arguments,) = re.findall(r"^python bench/ablations.py (.*)$", text, re.M)
-    args = load_stage("bench/ablations").build_parser().parse_args(shlex.split(arguments))
-    assert args.lang == ["sw", "te"] and len(args.rows) == 10
+    found = re.findall(r"^python bench/(ablations|real_encoder).py (.*)$", text, re.M)
+    parsed = [load_stage(f"bench/{script}").build_parser().parse_args(shlex.split(arguments))
+              for script, arguments in found]
+    assert len(parsed) == 5 and parsed[-1].lang == ["sw", "te"] and len(parsed[-1].rows) == 10
+    assert {"before training", "naive top-k"} <= set(parsed[1].rows) & set(parsed[1].against)
 
 
 @pytest.fixture

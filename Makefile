@@ -8,7 +8,7 @@
 # make data | candidates | filtered | augmented | topics | model | eval     up to one stage
 # make ablations      the rows of the paper's tables on $(DATA) and $(RUN), three seeds; resumable, under two hours on two cores
 # make judge-quality  how good must the judge be? a labelled simulation on $(DATA); resumable, under half an hour on two cores
-# make bench          memory and speed of mining, judging and training; half an hour on two cores
+# make bench          speed and memory, beside sentence-transformers on $(DATA), and of mining, judging and training; hours on two cores
 # make soak SECONDS=3600   kills, full disks, second copies, torn files at random, over all stages: nothing may be lost
 # make sample         write sample/data and sample/truth again from the fact tables, to the same bytes
 # make clean          remove what `make all` made for $(DATA) and $(RUN); the cache of embeddings and answers stays
@@ -73,6 +73,8 @@ JUDGE ?=
 # ^ make judge-quality: more flags of bench/judge_quality.py, as in JUDGE="--weak sw te"
 SECONDS ?= 3600
 # ^ make soak: how long
+PEERS ?=
+# ^ make bench: more flags of bench/peers.py, as in PEERS="--encoder FOLDER --subjects encode train"
 CONFIRM ?=
 # ^ make miracl: 1 starts the run
 PRICE_IN ?=
@@ -165,12 +167,14 @@ judge-quality: $(DATA)/train.jsonl $(SMALL)
 		$(if $(LANGS),--lang $(LANGS)) --train-flags $(patsubst --%,%,$(subst =--, ,$(subst $(space),=,$(strip $(TRAIN))))) batch-size=$(BATCH) \
 		$(SOME_EPOCHS) $(SEEDS) $(JUDGE) --out results/judge-quality-$(NAME)
 
-bench: .venv/installed
+bench: $(DATA)/train.jsonl $(SMALL)
+	$(PY) bench/peers.py --data $(DATA) $(PEERS)
+	$(PY) bench/results.py
 	$(PY) bench/mine_million.py --work runs/million
 	$(PY) bench/judge_throughput.py
 	$(PY) bench/judge_faults.py
 	$(PY) bench/judge_memory.py
-	$(PY) bench/train_memory.py --encoder models/sample
+	$(PY) bench/train_memory.py --encoder $(ENCODER)
 
 test: .venv/installed
 	$(PY) -m pytest -q -n 2 --dist loadfile tests

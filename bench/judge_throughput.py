@@ -32,6 +32,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+KINDS = ["create", "create, aiohttp", "post, aiohttp", "stage 02"]
 N_CANDIDATES = 40
 TEXT = "The city lies on the river and has been the seat of the government since nineteen hundred and five. "
 
@@ -43,6 +44,7 @@ def build_parser():
     parser.add_argument("--concurrency", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--delay", type=float, default=0.05, help="seconds before each answer")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="lines to measure")
     parser.add_argument("--beside", metavar="CHECKOUT", help="another checkout: measure its stage 02")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--kind", help=argparse.SUPPRESS)
@@ -161,7 +163,7 @@ def main():
     if args.kind:
         return child(args)
     os.environ.setdefault("OPENAI_API_KEY", "x")
-    kinds = ["create", "create, aiohttp", "post, aiohttp", "stage 02"] + ["beside"] * bool(args.beside)
+    kinds = args.kinds + ["beside"] * bool(args.beside)
     with tempfile.TemporaryDirectory() as folder:
         port = Path(folder) / "port"
         server = subprocess.Popen([sys.executable, __file__, "--serve", port, "--delay", str(args.delay)])

@@ -144,15 +144,29 @@ def count_tokens(data, lang, passages, n_tokens, summarise):
     return counts
 
 
+def make_xlmr(folder, layers, width):
+    """An XLM-R of this shape with random weights and a word-level tokenizer of 2,000 words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaModel
+    words = {w: i for i, w in enumerate(["<s>", "<pad>", "</s>", "<unk>", *(f"w{n}" for n in range(2000))])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
+    fast.save_pretrained(folder)
+    config = XLMRobertaConfig(vocab_size=250_002, hidden_size=width, num_hidden_layers=layers,
+                              num_attention_heads=max(1, width // 64), intermediate_size=4 * width,
+                              max_position_embeddings=514, type_vocab_size=1, pad_token_id=1)
+    XLMRobertaModel(config).save_pretrained(folder)
+
+
 def measure_encoder(folder, lengths):
     """{rate: (value, how)} of an XLM-R large with random weights; the step is plain torch, as 05's is."""
     import numpy as np
     import torch
-    from train_speed import make_encoder
 
     from encoder import Encoder
 
-    make_encoder(folder, LAYERS, WIDTH)
+    make_xlmr(folder, LAYERS, WIDTH)
     encoder = Encoder(str(folder), "cpu")
     texts = [" ".join(["w1"] * (n - 2)) for n in np.random.default_rng(13).choice(lengths, 24)]
     encoder.encode(texts[:1], "passage")  # loads the model

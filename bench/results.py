@@ -262,6 +262,18 @@ make judge-quality DATA_SOURCE=miracl DATA_ROOT=../shared/data/minimiracl LANGS=
 
 {{judge_quality judge-quality-minimiracl}}
 
+## Beside sentence-transformers
+
+The same work on the same texts and model, in turn: vectors, first loss, mined passages and scores are
+compared before a time counts. A ratio is the second over the first: beside a peer, above one is in favour
+of this project; for ten times the size it is the growth.
+
+```bash
+make bench DATA_SOURCE=miracl DATA_ROOT=../shared/data/minimiracl LANGS="sw te id ar zh"
+```
+
+{{peers peers}}
+
 ## A record after all stages
 
 A line of `topics.jsonl` as `make topics RUN=runs/records DEPTH=20 N=22` wrote it; of each list one passage is
@@ -445,6 +457,10 @@ def check(name):
     return importlib.import_module("real_encoder").check_table(load(name))
 
 
+def peers(name):
+    return importlib.import_module("peers").table(load(name))
+
+
 def judge_quality(name):
     return importlib.import_module("judge_quality").table(load(name))
 
@@ -462,6 +478,7 @@ VIEWS = {
     "judge_quality": judge_quality,
     "curve": curve,
     "check": check,
+    "peers": peers,
 }
 
 

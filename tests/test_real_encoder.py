@@ -40,8 +40,8 @@ def made(tmp_path_factory):
 
 
 def curve(top, work, *more):
-    return ["curve", "--input", top / "train.jsonl", "--encoder", top / "encoder", "--lr", 1e-3, 1e-2,
-            "--steps", 1, 2, "--train-flags", "--batch-size 4", "--jobs", 1, "--work", work,
+    return ["curve", "--input", top / "train.jsonl", "--encoder", top / "encoder", "--lr", 1e-3,
+            "--steps", 1, "--train-flags", "--batch-size 4", "--jobs", 1, "--work", work,
             "--out", work / "curve.json", *more]  # fmt: skip
 
 
@@ -49,9 +49,9 @@ def test_a_curve_has_every_point_and_the_start_and_makes_none_twice(made, tmp_pa
     done = run_stage("bench/real_encoder.py", *curve(made, tmp_path))
     assert done.returncode == 0, done.stderr
     points = json.loads((tmp_path / "curve.json").read_text("utf-8"))["points"]
-    assert [(p["steps"], p["lr"]) for p in points] == [(0, 0), (1, 1e-3), (1, 1e-2), (2, 1e-3), (2, 1e-2)]
+    assert [(p["steps"], p["lr"]) for p in points] == [(0, 0), (1, 1e-3)]
     assert all(0 <= p["dev_mrr@10"] <= 1 and set(p["dev"]) == {"sw", "th"} for p in points)
-    assert "| held-out MRR@10 | 0.001 | 0.01 |" in done.stdout and "Before training: " in done.stdout
+    assert "| held-out MRR@10 | 0.001 |" in done.stdout and "Before training: " in done.stdout
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]  # no model stays
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*-*.json")}
     next(iter(kept)).unlink()
@@ -60,15 +60,6 @@ def test_a_curve_has_every_point_and_the_start_and_makes_none_twice(made, tmp_pa
     assert sum(path.stat().st_mtime_ns != before for path, before in kept.items()) == 1
     other = run_stage("bench/real_encoder.py", *curve(made, tmp_path, "--seed", 14))
     assert other.returncode == 2 and "other settings" in other.stderr and len(other.stderr.splitlines()) == 1
-
-
-def test_zero_steps_are_the_encoder_before_training(made, tmp_path):
-    args = bench.build_parser().parse_args(list(map(str, curve(made, tmp_path))))
-    args.work.mkdir(exist_ok=True)
-    bench.one_point(args, 0.0, 0)
-    bench.one_point(args, 1e-30, 1)
-    start, same = (json.loads((tmp_path / name).read_text("utf-8")) for name in ("0-0.json", "1e-30-1.json"))
-    assert start["dev"] == same["dev"]
 
 
 def test_no_minutes_make_no_curve(made, tmp_path):

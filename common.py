@@ -251,6 +251,8 @@ def check_passage(passage, where):
     if not isinstance(passage, dict):
         raise DataError(f"{where}: a passage is {json.dumps(passage)[:40]}; want {{docid, title, text}}")
     check_text(passage, "docid", where)
+    if passage["docid"].endswith("\0"):  # which arrays of docids would lose
+        raise DataError(f"{where}: docid {passage['docid']!r} ends in NUL; rename it")
     where = f"{where}: passage {passage['docid']!r}"
     check_text(passage, "text", where, empty=bool(passage.get("title")))
     for key in ("title", "source"):
@@ -541,6 +543,8 @@ class Output:
 
     def write_lines(self, lines):
         """Write file and meta, then rename: a kill in between leaves the old file, which is made again."""
+        if self.path.is_dir():
+            raise DataError(f"{self.path} is a folder; name a file with --out")
         with atomic(self.path) as temporary:
             with open(temporary, "w", encoding="utf-8", newline="\n") as file:
                 file.writelines(lines)

@@ -218,6 +218,10 @@ python bench/ablations.py --data data/minimiracl --run runs/fifteen --encoder mo
 
 {{ablations ablations-15-4}}
 
+The naive row and the full ones with the updates of sixteen epochs (`--epochs 16`):
+
+{{ablations ablations-15-16}}
+
 `make` trains as the row that is drawn by the root of the shares; `POWER=0` is the paper's reading. That was
 chosen on this table, which its interval does not count. Filter and generation have little to do here: the
 stand-in finds few false negatives, so few queries are short of negatives.

@@ -429,6 +429,8 @@ CASES = [  # (command, what is wrong: {file: content} or [flags], what the line 
     ("01", ["--cache", "topics.jsonl"], "topics.jsonl"),
     ("01", ["--cache", "topics.jsonl/x"], "topics.jsonl"),
     ("01", ["--out", "data"], "data exists and was not made by this script"),
+    ("01", ["--out", "data", "--overwrite"], "…data is a folder"),
+    ("01", {"data/corpus/sw.jsonl": add('{"docid": "n\\u0000", "text": "x"}\n')}, "sw.jsonl:11: docid"),
     ("01", ["--out", "topics.jsonl"], "topics.jsonl exists and was not made by this script"),
     ("01", ["--out", "topics.jsonl/x"], "topics.jsonl"),
     ("01", {"out/candidates.jsonl": "{}\n", "out/candidates.jsonl.meta.json": ""},

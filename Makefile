@@ -177,7 +177,7 @@ bench: $(DATA)/train.jsonl $(SMALL)
 	$(PY) bench/train_memory.py --encoder $(ENCODER)
 
 test: .venv/installed
-	$(PY) -m pytest -q -n 2 --dist loadfile tests
+	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
 soak: .venv/installed
 	$(PY) tests/test_faults.py --seconds $(SECONDS)

@@ -36,3 +36,9 @@ def run_stage(script, *args, env=None):
         capture_output=True,
         env=os.environ | (env or {}),
     )
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first (with --no-loadscope-reorder), so that neither worker ends long after the other."""
+    longest = ("test_readme_commands", "test_real_encoder", "test_pipeline", "test_03_generate_negatives")
+    items.sort(key=lambda item: item.path.stem not in longest)

@@ -73,7 +73,8 @@ def run(main):
             raise
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
-        say(f"{' '.join(str(error).split())}; mend that: the same command goes on with what there is")
+        told = " ".join(str(error).split())
+        say(f"{told}; mend that (a full disk?): the same command goes on with what there is")
         sys.exit(2)
     except KeyboardInterrupt:
         say("stopped; the same command goes on with what there is")
@@ -86,7 +87,7 @@ def run(main):
 
 def of_disk_or_reader(error):
     """Whether an error, or what is behind it, is a full disk, a path that cannot be, a closed pipe."""
-    if isinstance(error, OSError) and error.filename:
+    if isinstance(error, OSError) and (error.filename or not error.errno):  # without errno: NumPy's
         return True
     while error:
         told = re.search(r"os error (\d+)", str(error))  # as safetensors tells it

@@ -287,6 +287,7 @@ def soak():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=3600)
     parser.add_argument("--faults", type=int, default=10_000, help="end after so many")
+    parser.add_argument("--each", type=int, help="of every stage and fault so many, in place of random ones")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--only", nargs="+", metavar="FAULT", help="names, such as two_copies")
     args = parser.parse_args()
@@ -299,9 +300,14 @@ def soak():
         server = Server()
         pipeline = Pipeline(Path(top), server.url)
         until = time.monotonic() + args.seconds
-        while time.monotonic() < until and done.total() < args.faults:
-            stage = rng.choice(list(pipeline.seconds))
-            fault = rng.choice(faults)
+        stages = list(pipeline.seconds)
+        if args.each:
+            cases = [(stage, fault) for stage in stages for fault in faults] * args.each
+        else:
+            cases = [(rng.choice(stages), rng.choice(faults)) for _ in range(args.faults)]
+        for stage, fault in cases:
+            if time.monotonic() > until:
+                break
             pipeline.restore(stage)
             done[stage, fault.__name__] += 1
             try:

@@ -154,7 +154,8 @@ def filtered(llms, args):
                 watch(llms, args, seen, n_to_judge, result[1])
                 yield result
         finally:
-            runner.run(results.aclose())
+            with contextlib.suppress(RuntimeError):  # of a loop that Ctrl-C has stopped; runner closes it
+                runner.run(results.aclose())
 
 
 def watch(llms, args, seen, n_to_judge, counts):

@@ -19,6 +19,7 @@ import numpy as np
 
 from common import (DataError, Output, Parser, batched, corpus_files, dump, fetch_passages, finite,
                     normalise, passage_text, positive_int, read_queries, run, say, text_key, whole)
+from encoder import model_digests
 from search import ensemble_flags, from_flags, world
 
 EXTRA = 24       # passages asked for beyond --depth at first, to stand in for those that are not allowed
@@ -193,7 +194,7 @@ def main(argv=None):
     for record in records:
         by_lang[record["lang"]].append(record)
     corpus = [path for lang in by_lang for path in corpus_files(args.data, lang)]
-    output = Output(args, [queries, *corpus], args.retrievers)
+    output = Output(args, [queries, *corpus], model_digests([*args.retrievers, args.bm25_tokenizer]))
     if output.is_done():
         return
     if args.exclude_same_article:

@@ -27,6 +27,7 @@ import llm
 import search
 from common import (DataError, Output, Parser, fetch_passages, normalise, passage_text, positive_int, say,
                     text_key)
+from encoder import model_digests
 from llm import LLM, in_order, judge_candidates, labelled
 
 SUMMARISE = """You summarise passages. You get a question and a passage, each as one JSON string. They are \
@@ -460,7 +461,8 @@ def main(argv=None):
     if args.dry_run:
         return estimate(short, args)
     corpora = [path for lang in sorted(n_queries) for path in common.corpus_files(args.data, lang)]
-    output = Output(args, [args.input, *corpora], args.retrievers)
+    models = model_digests([*args.retrievers, args.bm25_tokenizer])
+    output = Output(args, [args.input, *corpora], models)
     if output.is_done():
         return
     ensemble = search.from_flags(args)

@@ -289,7 +289,9 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     if not (args.llm if args.translate else args.base):
         raise DataError("want --base MODEL, to tune it, or --translate CODE ... --llm NAME; see --help")
-    output = Output(args, [args.instructions], [args.base] if args.base else [])
+    is_folder = Path(args.base or "").is_dir() and args.base
+    models = {common.short_name(args.base): common.digest_folder(args.base)} if is_folder else {}
+    output = Output(args, [args.instructions], models)
     del output.meta["arguments"]["merge"]  # the adapter is the same without it
     if not output.is_done():
         if args.translate:

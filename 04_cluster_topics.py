@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 import numpy as np
 
 from common import Output, Parser, batched, positive_int, read_queries, run, say
-from encoder import encoder_flags, from_flags
+from encoder import encoder_flags, from_flags, model_digests
 
 BLOCK = 8_192  # queries embedded and cached at a time; does not change the result
 RESTARTS = 10  # KMeans starts so often; the best is kept
@@ -86,7 +86,7 @@ def summarise(langs, topics, titles):
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    output = Output(args, [args.input], [args.encoder])
+    output = Output(args, [args.input], model_digests([args.encoder]))
     if output.is_done():
         return
     encoder = from_flags(args.encoder, args)

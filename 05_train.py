@@ -26,7 +26,7 @@ import numpy as np
 from common import (DataError, Output, Parser, atomic, atomic_folder, dump, normalise, numbered_queries,
                     parse_query, positive_float, positive_int, progress, read_lines, run, say, share,
                     text_key, whole)
-from encoder import encoder_flags, from_flags, keep_blocks, usable
+from encoder import encoder_flags, from_flags, keep_blocks, model_digests, usable
 from search import gather, world
 
 DEV_QUERIES = 100  # held-out queries a language that validation reads, whose passages they search
@@ -449,7 +449,8 @@ def save(path, content):
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    output = Output(args, [args.input], [args.encoder])
+    models = model_digests([args.encoder] if args.max_steps != 0 else [])  # else it is not loaded
+    output = Output(args, [args.input], models)
     if args.max_steps != 0 and output.is_done():
         return
     queries, dev_queries = hold_out(read_index(args), args.dev_share, args.seed)

@@ -19,7 +19,7 @@ import numpy as np
 
 from common import (DataError, Output, Parser, corpus_files, fetch_passages, normalise, passage_text,
                     positive_int, read_lines, read_queries, run, say, short_name, text_key)
-from encoder import encoder_flags, flags_given
+from encoder import encoder_flags, flags_given, model_digests
 from search import Ensemble, check_settings
 
 MEASURES = {"ndcg@10": "ndcg_cut_10", "recall@100": "recall_100"}
@@ -142,11 +142,12 @@ def make_runs(model, name, args, queries, inputs, digests):
     reading = flags_given(args)
     own = {"overwrite": args.overwrite, "limit": args.limit, "depth": args.depth, **reading,
            "model": name, "bm25_terms": tokenizer and short_name(tokenizer)}
+    models = model_digests([model, tokenizer])
     ensemble = None
     metas = []
     for lang in inputs:
-        output = Output(Namespace(**own, corpus=digests[lang]), inputs[lang],
-                        [m for m in (model, tokenizer) if m], run_path(args.out, name, lang))
+        output = Output(Namespace(**own, corpus=digests[lang]), inputs[lang], models,
+                        run_path(args.out, name, lang))
         if not output.is_done():
             ensemble = ensemble or Ensemble([model], args.data, args.cache, bm25_tokenizer=tokenizer,
                                             **reading)
@@ -296,8 +297,8 @@ def main(argv=None):
     asked = {lang: {q: queries[lang][q] for q in qrels[lang] if q in queries[lang]} for lang in qrels}
     inputs = {lang: [queries_path, qrels_paths / f"{lang}.tsv"] for lang in qrels}
     corpus = {lang: corpus_files(args.data, lang) for lang in qrels}
-    output = Output(args, [path for lang in qrels for path in inputs[lang] + corpus[lang]], args.models,
-                    Path(args.out) / "metrics.json")
+    output = Output(args, [path for lang in qrels for path in inputs[lang] + corpus[lang]],
+                    model_digests([*args.models, args.bm25_tokenizer]), Path(args.out) / "metrics.json")
     done = output.is_done()
     digest = {entry["path"]: entry["digest"] for entry in output.meta["inputs"]}
     digests = {lang: [digest[str(path)] for path in paths] for lang, paths in corpus.items()}

@@ -492,7 +492,8 @@ def short_name(model):
 class Output:
     """One output file of a stage: written whole or not at all, with `<out>.meta.json` beside it.
 
-    A finished output is recognised by that file: same arguments, same inputs and models, its own digest.
+    A finished output is recognised by that file: same arguments, same inputs and models ({name: digest}), its
+    own digest.
     """
     # where things lie and how fast they are made does not change what is made
     NEUTRAL = {"out", "overwrite", "cache", "device", "concurrency", "base_url", "save_every", "input",
@@ -515,7 +516,7 @@ class Output:
         self.meta = {"script": Path(sys.argv[0]).name,
                      "arguments": {k: v for k, v in vars(args).items() if k not in self.NEUTRAL},
                      "inputs": [{"path": str(p), "digest": digest_file(p)} for p in inputs],
-                     "models": {short_name(m): digest_folder(m) for m in models if Path(m).is_dir()}}
+                     "models": dict(models)}
 
     def key(self, meta):
         """What must be equal for a finished output to be this one."""

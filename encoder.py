@@ -89,6 +89,12 @@ def model_folder(name):
                         f"({type(error).__name__}); check the name, HF_TOKEN and the network") from None
 
 
+def model_digests(models):
+    """{name: digest of its files} of models, for Output: one that was changed in place is another one."""
+    folders = {short_name(model): model_folder(model) for model in models if model not in (None, "bm25")}
+    return {name: digest_folder(folder) for name, folder in folders.items()}
+
+
 def read_settings(texts, model):
     """{key: value} for one model, of --settings KEY=VALUE or MODEL:KEY=VALUE; DataError for anything else."""
     settings = {}

@@ -577,3 +577,14 @@ def test_importing_the_encoder_loads_no_library():
     assert (
         subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0 and time.time() - started < 5
     )
+
+
+@pytest.mark.parametrize("change", ["tokenizer.json", "config.json"])
+def test_a_model_changed_in_place_is_another_one(tmp_path, change):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("tokenizer.json", "config.json"):
+        (folder / name).write_text("{}")
+    before = encoder.model_digests([str(folder), "bm25", None])
+    (folder / change).write_text('{"a": 1}')
+    assert before.keys() == {"model"} and encoder.model_digests([str(folder)]) != before

@@ -118,10 +118,7 @@ def by_language(queries):
 
 
 def hold_out(queries, dev_share, seed):
-    """(train, dev): dev is a random share of each language, none of a language with under 5 queries.
-
-    A question with several ids is held out under all of them.
-    """
+    """(train, dev): dev is a drawn share of each language with 5 queries; a question under all its ids."""
     dev = set()
     for lang, members in by_language(queries).items():
         members.sort(key=lambda query: random.Random(f"{seed}:{lang}:{query.query_id}").random())
@@ -165,8 +162,7 @@ class Sampler:
 
     def fitting(self, topic, taken, refill):
         """The first query of the topic's queue that has no mark in taken; None where a refill gives none."""
-        fits = (query for query in self.queue[topic] if taken.isdisjoint(query.marks))
-        query = next(fits, None)
+        query = next((query for query in self.queue[topic] if taken.isdisjoint(query.marks)), None)
         if query is None and refill:
             self.draw.shuffle(self.members[topic])
             self.queue[topic] = sorted(self.members[topic], key=lambda query: self.uses[query])
@@ -449,8 +445,7 @@ def save(path, content):
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    models = model_digests([args.encoder] if args.max_steps != 0 else [])  # else it is not loaded
-    output = Output(args, [args.input], models)
+    output = Output(args, [args.input], model_digests([args.encoder] if args.max_steps != 0 else []))
     if args.max_steps != 0 and output.is_done():
         return
     queries, dev_queries = hold_out(read_index(args), args.dev_share, args.seed)

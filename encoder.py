@@ -166,7 +166,9 @@ def load_model(folder, device):
         if missing:
             raise ValueError(f"{len(missing)} weights are missing, {min(missing)} first; renamed?")
 
-    logging.getLogger("transformers.modeling_utils").filters = [refuse]  # falsy: nothing is printed
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.setLevel(logging.WARNING)  # whatever TRANSFORMERS_VERBOSITY says
+    logger.filters = [refuse]  # falsy: nothing is printed
     with usable(folder, "encoder"):
         for name in ("config.json", "tokenizer_config.json"):
             if "auto_map" in read_json(folder / name):

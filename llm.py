@@ -144,10 +144,6 @@ class Pace:
 
 # --------------------------------------------------------------------------- LLM client
 
-class Unusable(Exception):
-    """Why a call gave no text; another prompt, or another time, may do."""
-
-
 class LLM:
     """An OpenAI-compatible server, asked asynchronously, and what it answered before.
 
@@ -362,15 +358,12 @@ class LLM:
         The first call of a kind goes alone: what it teaches is learned once.
         """
         kind = frozenset(body)
-        try:
-            async with self.pace:
-                if kind not in self.reached:
-                    async with self.first:
-                        if kind not in self.reached:
-                            return await self._send(body)
-                return await self._send(body)
-        except Unusable as trouble:
-            return "", str(trouble)
+        async with self.pace:
+            if kind not in self.reached:
+                async with self.first:
+                    if kind not in self.reached:
+                        return await self._send(body)
+            return await self._send(body)
 
     async def _send(self, body):
         """The same for a request that has its turn, sent again after a while where the server has trouble."""
@@ -396,14 +389,14 @@ class LLM:
             if status == 408:
                 self._note_late(started)
                 if self.reached:
-                    raise Unusable(told)  # it gives its slot back, and is asked again later
+                    return "", told  # it gives its slot back, and is asked again later
             if status in (400, 413, 422):
                 about_prompt = self.ABOUT_PROMPT.search(told)
                 new = kind not in self.reached  # what the server has taken before is not what it refuses
                 if new and not about_prompt and self._adapt(sent, told):
                     continue
                 if about_prompt or self.reached:
-                    raise Unusable(f"refused by the server: {told}")
+                    return "", f"refused by the server: {told}"
             if status < 500 and status not in (408, 409, 429):
                 raise self._stop(f"the server refuses ({told}); check --llm, --base-url and OPENAI_API_KEY")
             seconds = seconds or min(8, 0.5 * 2 ** tries) * random.uniform(0.75, 1)

@@ -1,6 +1,7 @@
 """The encoder: sentence-transformers' vectors, settings, what is refused, what is kept on disk."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from tiny_models import LIMIT, random_bert, random_llama, sentence_transformer, sentence_transformers_files
@@ -393,6 +395,15 @@ def test_a_folder_that_cannot_be_used_is_told_in_one_line(tmp_path, damage, mess
     with pytest.raises(DataError, match=message) as told:
         Encoder(str(folder), "cpu").encode(["w1"], "query")
     assert str(tmp_path) in str(told.value)
+
+
+def test_missing_weights_are_told_however_quiet_transformers_is(tmp_path):
+    folder = Path(sentence_transformer(tmp_path / "model", WORDS, dense=8))
+    rename_weights(folder)
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
+    with pytest.raises(DataError, match="weights are missing"):
+        Encoder(str(folder), "cpu").encode(["w1"], "query")
 
 
 def test_a_class_of_the_folders_own_is_not_run(tmp_path):

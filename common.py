@@ -423,11 +423,13 @@ def lock(path, wait=True):
         file = open(name, "w")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):
             if not wait:
                 raise DataError(f"{path}: another process makes it; start again when it has ended") from None
             say(f"{path}: another process makes it; waiting for its end")
             fcntl.lockf(file, fcntl.LOCK_EX)
+        except OSError as error:  # some network file systems have no locks
+            say(f"{path}: it cannot be locked ({error}); start no second run on it")
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(name.stat(), os.fstat(file.fileno())):
                 break

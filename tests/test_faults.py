@@ -3,6 +3,7 @@ ends with the files of an undisturbed run. A short part runs here; `make soak SE
 """
 
 import argparse
+import errno
 import os
 import random
 import resource
@@ -278,6 +279,18 @@ def test_the_same_command_then_ends_with_the_same_files(pipeline, server, stage,
     pipeline.restore(stage)
     fault(pipeline, stage, random.Random(13), server)
     pipeline.check(stage)
+
+
+def test_where_files_cannot_be_locked_it_says_so_and_goes_on(tmp_path, monkeypatch, capsys):
+    import common
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(common.fcntl, "lockf", no_locks)
+    with common.lock(tmp_path / "out"):
+        assert (tmp_path / ".out.lock").exists()
+    assert "cannot be locked" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 # --------------------------------------------------------------------------- the long run

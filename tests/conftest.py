@@ -39,6 +39,6 @@ def run_stage(script, *args, env=None):
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first (with --no-loadscope-reorder), so that neither worker ends long after the other."""
+    """The longest files first (with --no-loadscope-reorder): both workers end at about the same time."""
     longest = ("test_readme_commands", "test_real_encoder", "test_pipeline", "test_03_generate_negatives")
     items.sort(key=lambda item: item.path.stem not in longest)

@@ -308,7 +308,10 @@ RECORDS = {
     "an escape sequence in lang": (second(lang="\x1b[2J"), r":2: 'lang' '\x1b[2J' cannot"),
     "lang of full-width letters": (second(lang="ｓｗ"), ":2: 'lang'"),
     "no positives": (second(positive_passages=[]), ":2: query 'q2' has no positive_passages"),
-    "positives that are an object": (second(positive_passages={"a": 1}), ":2: 'positive_passages' is no list"),
+    "positives that are an object": (
+        second(positive_passages={"a": 1}),
+        ":2: 'positive_passages' is no list",
+    ),
     "a passage that is a text": (second(negative_passages=["Nairobi"]), ":2: "),
     "a passage that is null": (second(negative_passages=[None]), ":2: "),
     "no docid": (second(negative_passages=[{"text": "x"}]), ":2: "),

@@ -85,7 +85,8 @@ def content(path):
     """{name: bytes} of a file, or of a folder without what tells times."""
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     timed = (".meta.json", ".png", ".md", "build.json", "train_log.jsonl")
-    return {p.relative_to(path.parent).as_posix(): p.read_bytes() for p in files if not p.name.endswith(timed)}
+    files = [p for p in files if not p.name.endswith(timed)]
+    return {p.relative_to(path.parent).as_posix(): p.read_bytes() for p in files}
 
 
 class Server:

@@ -167,7 +167,7 @@ def load_model(folder, device):
             raise ValueError(f"{len(missing)} weights are missing, {min(missing)} first; renamed?")
 
     logger = logging.getLogger("transformers.modeling_utils")
-    logger.setLevel(logging.WARNING)  # whatever TRANSFORMERS_VERBOSITY says
+    logger.setLevel(logging.INFO)  # whatever TRANSFORMERS_VERBOSITY says; from WARNING on it tells of shards
     logger.filters = [refuse]  # falsy: nothing is printed
     with usable(folder, "encoder"):
         for name in ("config.json", "tokenizer_config.json"):

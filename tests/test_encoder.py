@@ -406,6 +406,13 @@ def test_missing_weights_are_told_however_quiet_transformers_is(tmp_path):
         Encoder(str(folder), "cpu").encode(["w1"], "query")
 
 
+def test_loading_prints_nothing_of_the_libraries(tmp_path):
+    folder = sentence_transformer(tmp_path / "model", WORDS)
+    code = f"from encoder import Encoder; Encoder({folder!r}, 'cpu').encode(['w1'], 'query')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_a_class_of_the_folders_own_is_not_run(tmp_path):
     folder = Path(sentence_transformer(tmp_path / "model", WORDS))
     (folder / "code.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nclass Module: pass\n")

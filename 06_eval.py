@@ -108,28 +108,32 @@ def run_path(out, name, lang):
 
 
 def run_lines(ranking, tag):
-    """TREC run lines of {query_id: [(docid, score)]}, in trec_eval's order, which reads no rank:
+    """TREC run lines of {query_id: [(docid, row, score)]}, in trec_eval's order, which reads no rank:
 
     by score (of six decimals, as a float32), ties by docid descending.
     """
     for query_id, hits in ranking.items():
-        ranked = sorted(((np.float32(f"{score:.6f}"), docid, score) for docid, score in hits), reverse=True)
+        scores = np.array([score for _, _, score in hits], np.float32).tolist()
+        ranked = sorted(((read, docid, score) for read, (docid, _, score) in zip(scores, hits)), reverse=True)
         for rank, (_, docid, score) in enumerate(ranked, 1):
-            if len(f"{query_id} {docid}".split()) != 2:
+            if docid.split() != [docid] or query_id.split() != [query_id]:
                 raise DataError(f"query {query_id!r}, passage {docid!r}: white space in an id cannot be "
                                 "written as a TREC run; rename it in the source")
             yield f"{query_id} Q0 {docid} {rank} {score:.6f} {tag}\n"
 
 
 def without_itself(lang, queries, hits, args):
-    """Each query's hits without the passage that is the query itself, which has its id and text (ArguAna)."""
-    own = {hit["row"]: q for q, found in zip(queries, hits) for hit in found if hit["docid"] == q}
+    """Each query's hits (docid, row, score) without the passage that is the query itself (ArguAna):
+
+    it has the query's id and text.
+    """
+    own = {row: q for q, found in zip(queries, hits) for docid, row, _ in found if docid == q}
     passages = fetch_passages(args.data, lang, own) if own else {}
     itself = {(own[row], passage["docid"]) for row, passage in passages.items()
               if normalise(queries[own[row]]) in (text_key(passage), normalise(passage_text(passage)))}
     if itself:
         say(f"{lang}: {len(itself)} queries found themselves, which is left out")
-    return [[hit for hit in found if (q, hit["docid"]) not in itself][:args.depth]
+    return [[hit for hit in found if (q, hit[0]) not in itself][:args.depth]
             for q, found in zip(queries, hits)]
 
 
@@ -151,12 +155,11 @@ def make_runs(model, name, args, queries, inputs, digests):
         if not output.is_done():
             ensemble = ensemble or Ensemble([model], args.data, args.cache, bm25_tokenizer=tokenizer,
                                             **reading)
-            hits, _ = ensemble.search(lang, list(queries[lang].values()), args.depth + 1)
+            hits = ensemble.alone(lang, list(queries[lang].values()), args.depth + 1)
             hits = without_itself(lang, queries[lang], hits, args)
-            ranking = {query_id: [(hit["docid"], hit["score"]) for hit in found]
-                       for query_id, found in zip(queries[lang], hits)}
             for encoder, cut in ensemble.count_cut([lang], list(queries[lang].values())).items():
                 output.meta |= {"encoder": ensemble.encoders[encoder].settings(), "cut": cut}
+            ranking = dict(zip(queries[lang], hits))
             output.write_lines(run_lines(ranking, name.replace("/", "_")))
         metas.append(json.loads(output.meta_path.read_text("utf-8")))
     return metas

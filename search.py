@@ -249,13 +249,25 @@ class Ensemble:
             found[name] = [[(docid.decode(), row, score) for score, docid, row in zip(*of)] for of in columns]
         return found
 
+    def alone(self, lang, queries, k):
+        """[(docid, row, score)] of each query's k best passages, by an ensemble of one retriever."""
+        search = self.bm25.search if self.bm25 else lambda *asked: self.dense(*asked)[self.names[0]]
+        lists = search(lang, queries, k)
+        for found in lists:
+            self.check_docids(lang, [docid for docid, _, _ in found])
+        return lists
+
+    def check_docids(self, lang, docids):
+        """DataError where two passages of a query's results have one docid."""
+        if len(set(docids)) < len(docids):
+            docid, _ = Counter(docids).most_common(1)[0]
+            files = " ".join(map(str, corpus_files(self.data, lang)))
+            raise DataError(f"{files}: docid {docid!r} is there twice; drop or rename one")
+
     def fuse(self, lang, lists):
         """The hits of one query, of {retriever: [(docid, row, score)]}."""
         docids = {row: docid for found in lists.values() for docid, row, _ in found}
-        twice = [docid for docid, times in Counter(docids.values()).items() if times > 1]
-        if twice:
-            files = " ".join(map(str, corpus_files(self.data, lang)))
-            raise DataError(f"{files}: docid {twice[0]!r} is there twice; drop or rename one")
+        self.check_docids(lang, docids.values())
         ranks = {row: {} for row in docids}
         for name in self.names:
             for rank, (_, row, _) in enumerate(lists[name], 1):

@@ -3,7 +3,7 @@
 encode    passages, mixed and one language after the other   Encoder.encode | encode_document
 train     a step: 24 queries, 1 + 7 passages                 05_train.py | its trainer and losses
 mine      a corpus, and again with other settings            01_mine_candidates.py | mine_hard_negatives
-evaluate  given vectors: ranking, nDCG@10, recall@100        06_eval.py | InformationRetrievalEvaluator
+evaluate  given vectors: rankings to a file, two measures    06_eval.py | InformationRetrievalEvaluator
 judge     calls at a concurrency of 256                      02_filter_false_negatives.py | openai's client
 startup   each script's --help                               | import sentence_transformers
 linear    ten times the passages or calls                    this project alone
@@ -224,11 +224,12 @@ def mine_peer(job):
 
 
 def evaluate(job):
-    """From the files - passages, queries, judgments, vectors - to the figures."""
+    """From the files - passages, queries, judgments, vectors - to the figures and a file of the rankings."""
     run = evaluate_ours if job["root"] else evaluate_peer
     import faiss  # noqa: F401 - not in what is timed
     import pytrec_eval  # noqa: F401
-    import sentence_transformers  # noqa: F401
+    if not job["root"]:  # ours loads no model for vectors that are there
+        import sentence_transformers  # noqa: F401
     start = clock()
     found = run(job)
     return told(clock() - start, **found)
@@ -241,10 +242,8 @@ def evaluate_ours(job):
     folder = Path(job["data"])
     queries, qrels = evaluation.read_questions(args, folder / "dev.jsonl", folder / "qrels/dev")
     ensemble = Ensemble([job["encoder"]], job["data"], job["cache"], device="cpu", dtype="fp32")
-    hits, _ = ensemble.search("en", list(queries["en"].values()), 101)
-    hits = evaluation.without_itself("en", queries["en"], hits, args)
-    ranking = {query_id: [(hit["docid"], hit["score"]) for hit in found]
-               for query_id, found in zip(queries["en"], hits)}
+    hits = ensemble.alone("en", list(queries["en"].values()), 101)
+    ranking = dict(zip(queries["en"], evaluation.without_itself("en", queries["en"], hits, args)))
     Path(job["out"]).write_text("".join(evaluation.run_lines(ranking, "ours")), "utf-8")
     values = {"en": evaluation.measure_run(qrels["en"], job["out"])}
     return {name: evaluation.averages(values)["avg"][name] for name in ("ndcg@10", "recall@100")}
@@ -271,7 +270,8 @@ def evaluate_peer(job):
     lines = Path(job["data"], "qrels/dev/en.tsv").read_text().splitlines()
     relevant = {line.split()[0]: {line.split()[2]} for line in lines}
     found = InformationRetrievalEvaluator(queries, corpus, relevant, accuracy_at_k=[10], mrr_at_k=[10],
-                                          precision_recall_at_k=[100], write_csv=False)(Given())
+                                          precision_recall_at_k=[100], write_csv=False,
+                                          write_predictions=True)(Given(), job["out"])
     return {name: round(found[f"cosine_{name}"], 5) for name in ("ndcg@10", "recall@100")}
 
 
@@ -411,7 +411,7 @@ def give_vectors(folder, encoder, cache):
         vectors[:] = given[kind][[rows[kind][text] for text in texts]]
 
     ours.fill = fill
-    ensemble.search("en", [record["query"] for record in records], 101)
+    ensemble.alone("en", [record["query"] for record in records], 101)
 
 
 def without_dropout(encoder, folder):

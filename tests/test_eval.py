@@ -247,9 +247,8 @@ def test_a_passage_that_is_the_query_is_left_out_and_one_that_only_has_its_id_is
 
 def test_scores_that_are_one_float32_are_ranked_by_docid_descending(stage):
     # 40.000000 and 40.000001 are two numbers in the file and one in trec_eval's float32
-    lines = [
-        line.split() for line in stage.run_lines({"q": [("a", 40.000001), ("b", 40.0), ("c", 39.5)]}, "tag")
-    ]
+    hits = [("a", 0, 40.000001), ("b", 1, 40.0), ("c", 2, 39.5)]
+    lines = [line.split() for line in stage.run_lines({"q": hits}, "tag")]
     assert [(docid, rank) for _, _, docid, rank, _, _ in lines] == [("b", "1"), ("a", "2"), ("c", "3")]
     import pytrec_eval
 
@@ -324,10 +323,10 @@ def test_one_more_model_or_language_encodes_and_searches_only_what_is_new(
     import search
 
     done = []
-    find, load, make = search.Ensemble.search, encoder.Encoder.__init__, encoder.Encoder.encode_file
+    find, load, make = search.Ensemble.alone, encoder.Encoder.__init__, encoder.Encoder.encode_file
     monkeypatch.setattr(
         search.Ensemble,
-        "search",
+        "alone",
         lambda self, lang, *a, **k: done.append(("search", self.names[0], lang)) or find(self, lang, *a, **k),
     )
     monkeypatch.setattr(
@@ -394,7 +393,7 @@ def test_bad_input_is_told_in_one_line(made, stage, tmp_path):
     with pytest.raises(DataError, match="not among --models"):
         evaluate(stage, made, tmp_path, made / "a", "--baseline", "bm25")
     with pytest.raises(DataError, match="white space"):
-        list(stage.run_lines({"q": [("a b", 1.0)]}, "tag"))
+        list(stage.run_lines({"q": [("a b", 0, 1.0)]}, "tag"))
     bad = tmp_path / "bad"
     collection(bad / "data")
     write(bad / "data/qrels/dev/th.tsv", ["0\t0\t0#0\t0\n"])
@@ -457,8 +456,8 @@ def test_a_run_is_made_again_when_what_decides_its_vectors_changes(
     import search
 
     asked = []
-    find = search.Ensemble.search
-    monkeypatch.setattr(search.Ensemble, "search", lambda *a: asked.append(a[1]) or find(*a))
+    find = search.Ensemble.alone
+    monkeypatch.setattr(search.Ensemble, "alone", lambda *a: asked.append(a[1]) or find(*a))
     common = (stage, made, tmp_path, made / "a", "--lang", "sw", "--cache", tmp_path / "cache")
     evaluate(*common)
     evaluate(*common)

@@ -464,7 +464,7 @@ def main(argv=None):
     import torch  # not for the batches alone
     if WORLD > 1:
         torch.distributed.init_process_group()  # gloo for CPUs, nccl for GPUs; waits for all
-    encoder = from_flags(args.encoder, args)
+    encoder = from_flags(args.encoder, args, trains=True)
     encoder.similarity = "cosine"  # as the loss wants it, whatever the maker used
     args.temperature = args.temperature or encoder.default_temperature
     if args.gradient_checkpointing:

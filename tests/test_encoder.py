@@ -546,7 +546,7 @@ def test_encoding_counts_on_the_bar_it_is_given_and_does_nothing_twice(tmp_path)
 
 @pytest.mark.parametrize("name", ["multilingual-e5-small", "mdpr", "other"])
 def test_a_saved_model_gives_everybody_the_same_vectors(tmp_path, name):
-    ours = Encoder(random_bert(tmp_path / name, WORDS), "cpu", 10, 20)
+    ours = Encoder(random_bert(tmp_path / name, WORDS), "cpu", 10, 20, trains=True)
     ours.similarity = "cosine"
     vectors = ours.encode(texts(10), "passage")
     ours.save(tmp_path / "saved")
@@ -564,7 +564,7 @@ def test_a_saved_model_gives_everybody_the_same_vectors(tmp_path, name):
 
 def test_nothing_is_assumed_of_a_folder_that_we_saved(tmp_path, capsys):
     folder = random_bert(tmp_path / "other", WORDS)
-    Encoder(folder, "cpu", settings=["query_prefix=", "title_join= "]).save(
+    Encoder(folder, "cpu", settings=["query_prefix=", "title_join= "], trains=True).save(
         tmp_path / "my-multilingual-e5-small"
     )
     capsys.readouterr()
@@ -578,7 +578,7 @@ def test_nothing_is_assumed_of_a_folder_that_we_saved(tmp_path, capsys):
 
 def test_a_dense_layer_and_its_prompts_survive_saving(tmp_path):
     folder = sentence_transformer(tmp_path / "model", WORDS, dense=16, normalise=False, prompts=PROMPTS)
-    ours = Encoder(folder, "cpu", 512, 512)
+    ours = Encoder(folder, "cpu", 512, 512, trains=True)
     ours.save(tmp_path / "saved")
     assert [type(module).__name__ for module in ours.model] == [
         "Transformer",

@@ -131,7 +131,8 @@ def build_parser():
     flag("--batch-size", type=positive_int, default=24, help="queries a step (Sec. 4.1)")
     flag("--train-flags", default="--lr 1e-3 --temperature 0.05", metavar="FLAGS",
          help="further flags of 05_train.py, in one word")
-    flag("--eval-flags", default="", metavar="FLAGS", help="further flags of 06_eval.py, in one word")
+    flag("--read-flags", default="", metavar="FLAGS",
+         help="further flags of 01, 03 and 06, in one word: how the encoder reads, such as --dtype bf16")
     flag("--also", nargs="+", default=[], metavar="FOLDER",
          help="other collections to evaluate on, in all their languages: is anything forgotten?")
     flag("--against", nargs="+", choices=list(KEYS), default=[NAIVE, FULL], metavar="NAME",
@@ -167,6 +168,7 @@ class Inputs:
         self.lang = ["--lang", *args.lang] if args.lang else []
         self.served = [ROOT / "offline_llm.py", "--exec", sys.executable] if args.llm == STAND_IN else []
         self.ensemble = ["--retrievers", *args.retrievers, "--fusion", args.fusion]
+        self.reading = shlex.split(args.read_flags)
         self.llm = ["--llm", args.llm, "--cache", args.cache]
 
     def mine(self, name):
@@ -178,7 +180,8 @@ class Inputs:
             flags = ["--retrievers", *dense, "--fusion", "concat", "--weights", *mean]
         path = args.work / f"{name}.mined.jsonl"
         stage(ROOT / "01_mine_candidates.py", "--data", args.data, *flags, "--strategy", name, "--depth",
-              args.target, "--bm25-tokenizer", args.encoder, "--cache", args.cache, "--out", path, *self.lang)
+              args.target, "--bm25-tokenizer", args.encoder, "--cache", args.cache, "--out", path,
+              *self.reading, *self.lang)
         return path
 
     def filter(self, name, *flags, candidates=None):
@@ -192,7 +195,7 @@ class Inputs:
         path = self.args.work / f"{name}.made.jsonl"
         stage(*self.served, ROOT / "03_generate_negatives.py", "--input", source, "--data", self.args.data,
               *self.ensemble, *self.llm, "--target", target or self.args.target, "--out", path, *flags,
-              *self.lang)
+              *self.reading, *self.lang)
         return path
 
     def shallow(self):
@@ -269,7 +272,7 @@ def train(args, name, seed, folder):
 def evaluate(args, model, cache, data, lang, out):
     """{lang: {query_id: {measure: value}}} of a model, or bm25, on the dev queries of a collection."""
     stage(ROOT / "06_eval.py", "--data", data, "--models", model, "--bm25-tokenizer", args.encoder, "--cache",
-          cache, "--out", out, *shlex.split(args.eval_flags), *(["--lang", *lang] if lang else []))
+          cache, "--out", out, *shlex.split(args.read_flags), *(["--lang", *lang] if lang else []))
     evaluation, values = load_evaluation(), {}
     evaluation.MEASURES["ndcg@1"] = "ndcg_cut_1"  # 0 where rank 1 is no answer: what is hard
     for path in sorted((out / "runs").glob("*.trec")):
@@ -504,7 +507,7 @@ def main(argv=None):
     args.retrievers = args.retrievers or ["bm25", args.encoder]
     next(read_queries(args.run / "topics.jsonl", args.lang, need=["topic"]))  # or one line, if there is none
     settings = {"epochs": args.epochs, "batch_size": args.batch_size, "updates": updates(args),
-                "train_flags": args.train_flags, "eval_flags": args.eval_flags,
+                "train_flags": args.train_flags, "read_flags": args.read_flags,
                 "also": [*map(short_name, args.also)], "target": args.target, "shallow": args.shallow,
                 "lang": args.lang, "llm": args.llm, "retrievers": [*map(short_name, args.retrievers)],
                 "fusion": args.fusion, "topics": digest_file(args.run / "topics.jsonl"),

@@ -72,7 +72,7 @@ positives. The sample is what the models were not trained on. `--dtype bf16` is 
 ```bash
 make data  # of the sample
 python bench/ablations.py --data data/minimiracl --run runs/e5-five \\
-    --encoder intfloat/multilingual-e5-small --epochs 1 --also data/sample --eval-flags "--dtype bf16" \\
+    --encoder intfloat/multilingual-e5-small --epochs 1 --also data/sample --read-flags "--dtype bf16" \\
     --train-flags "--lr 2e-5 --passage-max-len 128 --chunk-tokens 4096 --dtype bf16" \\
     --against "before training" "naive top-k" --out results/real-encoder.json --rows BM25 "before training" \\
     "naive top-k" "naive, filtered" "full method, drawn by share^0.5" "full method" \\
@@ -133,7 +133,7 @@ All languages of mini-MIRACL; German and Yoruba have no training queries:
 make topics DATA_SOURCE=miracl DATA_ROOT=../shared/data/minimiracl DATA=data/minimiracl-all \\
     ENCODER=intfloat/multilingual-e5-small RUN=runs/e5-all
 python bench/ablations.py --data data/minimiracl-all --run runs/e5-all \\
-    --encoder intfloat/multilingual-e5-small --epochs 1 --eval-flags "--dtype bf16" \\
+    --encoder intfloat/multilingual-e5-small --epochs 1 --read-flags "--dtype bf16" \\
     --train-flags "--lr 2e-5 --passage-max-len 128 --chunk-tokens 4096 --dtype bf16" \\
     --against "before training" "naive top-k" --out results/real-encoder-all.json --rows BM25 \\
     "before training" "naive top-k" "naive, filtered" "full method, drawn by share^0.5"

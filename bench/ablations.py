@@ -40,8 +40,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import (DataError, Parser, atomic, digest_file, digest_folder, dump, positive_int, read_queries,
-                    run, say, short_name)
+from common import (DataError, Parser, atomic, digest_file, digest_folder, dump, positive_float, positive_int,
+                    read_queries, run, say, short_name)
 from encoder import model_folder
 
 STAND_IN = "offline-stand-in"
@@ -126,7 +126,7 @@ def build_parser():
     flag("--lang", nargs="+", metavar="CODE", help="use only these languages")
     flag("--target", type=positive_int, default=30, help="N, negatives a query (Sec. 4.1)")
     flag("--shallow", type=positive_int, default=20, help="candidates a query where stage 2 is measured")
-    flag("--epochs", type=positive_int, default=4, help="passes over the queries; every row makes as many "
+    flag("--epochs", type=positive_float, default=4, help="passes over the queries; every row makes as many "
          "updates as these are in batches of --batch-size")
     flag("--batch-size", type=positive_int, default=24, help="queries a step (Sec. 4.1)")
     flag("--train-flags", default="--lr 1e-3 --temperature 0.05", metavar="FLAGS",

@@ -63,6 +63,8 @@ POWER ?= 0.5
 # ^ languages, and topics in a batch, are drawn by their share of the training queries to this power; 0: uniformly (Sec. 3.5)
 SEED ?= 13
 # ^ seed of every random draw
+DTYPE ?=
+# ^ of encoding and training: fp32, the default on a CPU, or bf16, on CUDA; CPUs with avx512_bf16 or amx_bf16 are faster in it
 GPUS ?= 1
 # ^ processes of stages 01 and 05, a GPU each where there are some; in training they share the BATCH
 EVAL_MODELS ?= bm25 $(ENCODER) $(RUN)/model
@@ -94,10 +96,11 @@ EPOCHS_paper := 20
 EPOCHS_pretrained := 1
 TRAIN_small := --lr 1e-3 --temperature 0.05
 TRAIN_paper :=
-TRAIN_pretrained := --lr 2e-5 --passage-max-len 128 --chunk-tokens 4096
+TRAIN_pretrained := --lr 2e-5 --negatives 3 --passage-max-len 128 --chunk-tokens 4096
 TRAIN ?= $(TRAIN_$(KIND))
 PYTHON ?= python3
 PY := .venv/bin/python
+READ := $(if $(DTYPE),--dtype $(DTYPE))
 COMMON := --seed $(SEED) $(if $(LANGS),--lang $(LANGS))
 SEEDS := --seeds $(SEED) $(shell expr $(SEED) + 1) $(shell expr $(SEED) + 2)
 # for many short runs: as many epochs as their scripts say, unless EPOCHS is given
@@ -140,31 +143,31 @@ models/$(NAME): $(DATA)/train.jsonl FORCE
 	$(PY) sample/make_encoder.py --data $(DATA) --out $@ $(COMMON)
 
 $(RUN)/candidates.jsonl: $(DATA)/train.jsonl $(SMALL) FORCE
-	$(SPREAD) 01_mine_candidates.py --data $(DATA) --retrievers $(RETRIEVERS) --fusion $(FUSION) --depth $(DEPTH) --cache $(CACHE) --out $@ $(COMMON)
+	$(SPREAD) 01_mine_candidates.py --data $(DATA) --retrievers $(RETRIEVERS) --fusion $(FUSION) --depth $(DEPTH) --cache $(CACHE) --out $@ $(COMMON) $(READ)
 
 $(RUN)/filtered.jsonl: $(RUN)/candidates.jsonl FORCE
 	$(SERVED) 02_filter_false_negatives.py --input $< --llm $(LLM) --cache $(CACHE) --out $@ $(COMMON)
 
 $(RUN)/augmented.jsonl: $(RUN)/filtered.jsonl FORCE
-	$(SERVED) 03_generate_negatives.py --input $< --data $(DATA) --retrievers $(RETRIEVERS) --fusion $(FUSION) --llm $(LLM) --target $(N) --cache $(CACHE) --out $@ $(COMMON)
+	$(SERVED) 03_generate_negatives.py --input $< --data $(DATA) --retrievers $(RETRIEVERS) --fusion $(FUSION) --llm $(LLM) --target $(N) --cache $(CACHE) --out $@ $(COMMON) $(READ)
 
 $(RUN)/topics.jsonl: $(RUN)/augmented.jsonl FORCE
-	$(PY) 04_cluster_topics.py --input $< --encoder $(ENCODER) --topics $(TOPICS) --cache $(CACHE) --out $@ $(COMMON)
+	$(PY) 04_cluster_topics.py --input $< --encoder $(ENCODER) --topics $(TOPICS) --cache $(CACHE) --out $@ $(COMMON) $(READ)
 
 $(RUN)/model: $(RUN)/topics.jsonl FORCE
-	$(SPREAD) 05_train.py --input $< --encoder $(ENCODER) --epochs $(EPOCHS) --batch-size $(BATCH) --language-power $(POWER) --topic-power $(POWER) $(TRAIN) --out $@ $(COMMON)
+	$(SPREAD) 05_train.py --input $< --encoder $(ENCODER) --epochs $(EPOCHS) --batch-size $(BATCH) --language-power $(POWER) --topic-power $(POWER) $(TRAIN) --out $@ $(COMMON) $(READ)
 
 $(RUN)/eval/metrics.json: $(RUN)/model FORCE
-	$(PY) 06_eval.py --data $(DATA) --models $(EVAL_MODELS) --baseline $(ENCODER) --cache $(CACHE) --out $(RUN)/eval $(COMMON)
+	$(PY) 06_eval.py --data $(DATA) --models $(EVAL_MODELS) --baseline $(ENCODER) --cache $(CACHE) --out $(RUN)/eval $(COMMON) $(READ)
 	@$(PY) 06a_report.py --run $(RUN) --out $(RUN)/eval $(COMMON)
 
 ablations: $(RUN)/topics.jsonl
 	$(PY) bench/ablations.py --data $(DATA) --run $(RUN) --encoder $(ENCODER) --retrievers $(RETRIEVERS) --fusion $(FUSION) --llm $(LLM) --target $(N) \
-		$(if $(LANGS),--lang $(LANGS)) --train-flags="$(TRAIN)" --batch-size $(BATCH) $(SOME_EPOCHS) $(SEEDS) --cache $(CACHE)
+		$(if $(LANGS),--lang $(LANGS)) --train-flags="$(strip $(TRAIN) $(READ))" --read-flags="$(READ)" --batch-size $(BATCH) $(SOME_EPOCHS) $(SEEDS) --cache $(CACHE)
 
 judge-quality: $(DATA)/train.jsonl $(SMALL)
 	$(PY) bench/judge_quality.py --data $(DATA) $(if $(filter sample,$(DATA_SOURCE)),--truth sample/truth) --encoder $(ENCODER) \
-		$(if $(LANGS),--lang $(LANGS)) --train-flags $(patsubst --%,%,$(subst =--, ,$(subst $(space),=,$(strip $(TRAIN))))) batch-size=$(BATCH) \
+		$(if $(LANGS),--lang $(LANGS)) --train-flags $(patsubst --%,%,$(subst =--, ,$(subst $(space),=,$(strip $(TRAIN) $(READ))))) batch-size=$(BATCH) \
 		$(SOME_EPOCHS) $(SEEDS) $(JUDGE) --out results/judge-quality-$(NAME)
 
 bench: $(DATA)/train.jsonl $(SMALL)

@@ -155,7 +155,7 @@ def make_runs(model, name, args, queries, inputs, digests):
         if not output.is_done():
             ensemble = ensemble or Ensemble([model], args.data, args.cache, bm25_tokenizer=tokenizer,
                                             **reading)
-            hits = ensemble.alone(lang, list(queries[lang].values()), args.depth + 1)
+            hits, = ensemble.rank(lang, list(queries[lang].values()), args.depth + 1).values()
             hits = without_itself(lang, queries[lang], hits, args)
             for encoder, cut in ensemble.count_cut([lang], list(queries[lang].values())).items():
                 output.meta |= {"encoder": ensemble.encoders[encoder].settings(), "cut": cut}

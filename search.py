@@ -221,18 +221,25 @@ class Ensemble:
         hits are lists of at most depth {docid, row, score, ranks}, best first; ranks has the passage's rank
         by each retriever that has it in its own top 2 x depth.
         """
-        lists = self.dense(lang, queries, 2 * depth)
-        if self.bm25:
-            lists["bm25"] = self.bm25.search(lang, queries, 2 * depth)
-        by_query = [dict(zip(lists, found)) for found in zip(*lists.values())]
-        hits = [self.fuse(lang, found)[:depth] for found in by_query]
+        lists = self.rank(lang, queries, 2 * depth)
+        hits = [self.fuse(dict(zip(lists, found)))[:depth] for found in zip(*lists.values())]
         return hits, {name: [[hit[0] for hit in found] for found in lists[name]] for name in self.names}
 
-    def dense(self, lang, queries, k):
-        """{retriever: [(docid, row, score)] of each query}, the top k, and under CONCAT of the concatenation.
+    def rank(self, lang, queries, k):
+        """{retriever: [(docid, row, score)] of a query}, the top k; under CONCAT the concatenation's."""
+        lists = self.dense(lang, queries, k)
+        if self.bm25:
+            lists["bm25"] = self.bm25.search(lang, queries, k)
+        for found in zip(*lists.values()):
+            docid_of = {row: docid for ranking in found for docid, row, _ in ranking}
+            if len(set(docid_of.values())) < len(docid_of):
+                docid, _ = Counter(docid_of.values()).most_common(1)[0]
+                files = " ".join(map(str, corpus_files(self.data, lang)))
+                raise DataError(f"{files}: docid {docid!r} is there twice; drop or rename one")
+        return lists
 
-        One pass over this process's shards; memory holds one of them, whatever the size of the corpus.
-        """
+    def dense(self, lang, queries, k):
+        """The same of the encoders, in one pass over the shards: memory holds one, whatever their number."""
         rank, size = world()
         first_row = np.cumsum([0] + [n for _, n in self.shards(lang)])
         queries = self.encode(queries, "query")
@@ -249,25 +256,9 @@ class Ensemble:
             found[name] = [[(docid.decode(), row, score) for score, docid, row in zip(*of)] for of in columns]
         return found
 
-    def alone(self, lang, queries, k):
-        """[(docid, row, score)] of each query's k best passages, by an ensemble of one retriever."""
-        search = self.bm25.search if self.bm25 else lambda *asked: self.dense(*asked)[self.names[0]]
-        lists = search(lang, queries, k)
-        for found in lists:
-            self.check_docids(lang, [docid for docid, _, _ in found])
-        return lists
-
-    def check_docids(self, lang, docids):
-        """DataError where two passages of a query's results have one docid."""
-        if len(set(docids)) < len(docids):
-            docid, _ = Counter(docids).most_common(1)[0]
-            files = " ".join(map(str, corpus_files(self.data, lang)))
-            raise DataError(f"{files}: docid {docid!r} is there twice; drop or rename one")
-
-    def fuse(self, lang, lists):
+    def fuse(self, lists):
         """The hits of one query, of {retriever: [(docid, row, score)]}."""
         docids = {row: docid for found in lists.values() for docid, row, _ in found}
-        self.check_docids(lang, docids.values())
         ranks = {row: {} for row in docids}
         for name in self.names:
             for rank, (_, row, _) in enumerate(lists[name], 1):

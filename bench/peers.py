@@ -242,7 +242,7 @@ def evaluate_ours(job):
     folder = Path(job["data"])
     queries, qrels = evaluation.read_questions(args, folder / "dev.jsonl", folder / "qrels/dev")
     ensemble = Ensemble([job["encoder"]], job["data"], job["cache"], device="cpu", dtype="fp32")
-    hits = ensemble.alone("en", list(queries["en"].values()), 101)
+    hits, = ensemble.rank("en", list(queries["en"].values()), 101).values()
     ranking = dict(zip(queries["en"], evaluation.without_itself("en", queries["en"], hits, args)))
     Path(job["out"]).write_text("".join(evaluation.run_lines(ranking, "ours")), "utf-8")
     values = {"en": evaluation.measure_run(qrels["en"], job["out"])}
@@ -411,7 +411,7 @@ def give_vectors(folder, encoder, cache):
         vectors[:] = given[kind][[rows[kind][text] for text in texts]]
 
     ours.fill = fill
-    ensemble.alone("en", [record["query"] for record in records], 101)
+    ensemble.rank("en", [record["query"] for record in records], 101)
 
 
 def without_dropout(encoder, folder):

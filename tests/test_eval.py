@@ -323,10 +323,10 @@ def test_one_more_model_or_language_encodes_and_searches_only_what_is_new(
     import search
 
     done = []
-    find, load, make = search.Ensemble.alone, encoder.Encoder.__init__, encoder.Encoder.encode_file
+    find, load, make = search.Ensemble.rank, encoder.Encoder.__init__, encoder.Encoder.encode_file
     monkeypatch.setattr(
         search.Ensemble,
-        "alone",
+        "rank",
         lambda self, lang, *a, **k: done.append(("search", self.names[0], lang)) or find(self, lang, *a, **k),
     )
     monkeypatch.setattr(
@@ -456,8 +456,8 @@ def test_a_run_is_made_again_when_what_decides_its_vectors_changes(
     import search
 
     asked = []
-    find = search.Ensemble.alone
-    monkeypatch.setattr(search.Ensemble, "alone", lambda *a: asked.append(a[1]) or find(*a))
+    find = search.Ensemble.rank
+    monkeypatch.setattr(search.Ensemble, "rank", lambda *a: asked.append(a[1]) or find(*a))
     common = (stage, made, tmp_path, made / "a", "--lang", "sw", "--cache", tmp_path / "cache")
     evaluate(*common)
     evaluate(*common)

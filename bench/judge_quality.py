@@ -25,10 +25,8 @@ Cost    a row is a run of 02, 05 and 06 with one thread, --jobs at a time
 import asyncio
 import hashlib
 import json
-import os
 import random
 import shutil
-import subprocess
 import sys
 import time
 from argparse import REMAINDER
@@ -39,23 +37,10 @@ from pathlib import Path
 from threading import Lock
 
 import numpy as np
+from ablations import ROOT, stage
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from common import (
-    DataError,
-    Parser,
-    atomic,
-    corpus_files,
-    dump,
-    passage_text,
-    positive_int,
-    read_lines,
-    read_passages,
-    read_queries,
-    run,
-    say,
-)
+from common import (DataError, Parser, atomic, corpus_files, dump, passage_text, positive_int, read_lines,
+                    read_passages, read_queries, run, say)
 
 NEGATIVES = 7  # hard negatives a query and step (Sec. 4.1)
 KIND = ("judge", "drop_at", "weak", "relabel")
@@ -63,64 +48,37 @@ KIND = ("judge", "drop_at", "weak", "relabel")
 
 def build_parser():
     parser = Parser(__doc__)
-    parser.add_argument("--data", metavar="FOLDER", help="a folder made by 00_prepare_data.py")
-    parser.add_argument(
-        "--truth",
-        metavar="FOLDER",
-        help="qrels of every relevant passage, <split>/<lang>.tsv; default: the positives in --data",
-    )
-    parser.add_argument("--encoder", metavar="MODEL", help="where training starts")
-    parser.add_argument("--lang", nargs="+", metavar="CODE", help="use only these languages")
-    parser.add_argument(
-        "--errors", nargs="+", type=float, default=[0, 0.1, 0.2, 0.4], help="error rates of the judge, 0 to 1"
-    )
-    parser.add_argument(
-        "--weak", nargs="+", metavar="CODE", default=[], help="languages in which the judge is worse"
-    )
-    parser.add_argument(
-        "--weak-error",
-        type=float,
-        default=0.4,
-        help="its error rate there; elsewhere it is the lowest of --errors above 0",
-    )
-    parser.add_argument(
-        "--seeds",
-        nargs="+",
-        type=int,
-        default=[13, 14, 15],
-        help="of the kept positives, the errors and the training",
-    )
-    parser.add_argument("--depth", type=positive_int, default=20, help="candidates per query")
-    parser.add_argument("--plant", type=int, default=2, help="further hidden positives that are made a query")
-    parser.add_argument("--epochs", type=positive_int, default=3, help="of training")
-    parser.add_argument(
-        "--train-flags",
-        nargs="+",
-        metavar="FLAG",
-        default=["lr=1e-3", "temperature=0.05"],
-        help="further flags of 05_train.py, as name=value",
-    )
-    parser.add_argument("--jobs", type=positive_int, default=2, help="rows at a time, each with one thread")
-    parser.add_argument("--minutes", type=float, help="start no further row after so long")
-    parser.add_argument(
-        "--work", metavar="FOLDER", help="for what the stages make; default: runs/<name of OUT>"
-    )
-    parser.add_argument("--out", metavar="NAME", help="NAME.json and NAME.png")
-    parser.add_argument(
-        "--answer",
-        metavar="FILE",
-        help="(used by this script) serve answers from this file while --exec runs",
-    )
-    parser.add_argument(
-        "--error", type=float, default=0.0, help="(used by this script) error rate of the served judge"
-    )
-    parser.add_argument("--seed", type=int, default=13, help="(used by this script) of its errors")
-    parser.add_argument("--exec", nargs=REMAINDER, dest="command", help="(used by this script) the command")
+    flag = parser.add_argument
+    flag("--data", metavar="FOLDER", help="a folder made by 00_prepare_data.py")
+    flag("--truth", metavar="FOLDER",
+         help="qrels of every relevant passage, <split>/<lang>.tsv; default: the positives in --data")
+    flag("--encoder", metavar="MODEL", help="where training starts")
+    flag("--lang", nargs="+", metavar="CODE", help="use only these languages")
+    flag("--errors", nargs="+", type=float, default=[0, 0.1, 0.2, 0.4],
+         help="error rates of the judge, 0 to 1")
+    flag("--weak", nargs="+", metavar="CODE", default=[], help="languages in which the judge is worse")
+    flag("--weak-error", type=float, default=0.4,
+         help="its error rate there; elsewhere it is the lowest of --errors above 0")
+    flag("--seeds", nargs="+", type=int, default=[13, 14, 15],
+         help="of the kept positives, the errors and the training")
+    flag("--depth", type=positive_int, default=20, help="candidates per query")
+    flag("--plant", type=int, default=2, help="further hidden positives that are made a query")
+    flag("--epochs", type=positive_int, default=3, help="of training")
+    flag("--train-flags", nargs="+", metavar="FLAG", default=["lr=1e-3", "temperature=0.05"],
+         help="further flags of 05_train.py, as name=value")
+    flag("--jobs", type=positive_int, default=2, help="rows at a time, each with one thread")
+    flag("--minutes", type=float, help="start no further row after so long")
+    flag("--work", metavar="FOLDER", help="for what the stages make; default: runs/<name of OUT>")
+    flag("--out", metavar="NAME", help="NAME.json and NAME.png")
+    flag("--answer", metavar="FILE",
+         help="(used by this script) serve answers from this file while --exec runs")
+    flag("--error", type=float, default=0.0, help="(used by this script) error rate of the served judge")
+    flag("--seed", type=int, default=13, help="(used by this script) of its errors")
+    flag("--exec", nargs=REMAINDER, dest="command", help="(used by this script) the command")
     return parser
 
 
 # --------------------------------------------------------------------------- the labels and the judge
-
 
 def fingerprint(text):
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
@@ -145,33 +103,22 @@ def hide(args, seed, folder):
         for number, line in read_lines(path):
             fields = line.decode().split()
             if len(fields) != 4:
-                raise DataError(
-                    f"{path}:{number}: got {len(fields)} fields, want 'query_id 0 docid relevance'; check "
-                    f"the file"
-                )
+                raise DataError(f"{path}:{number}: got {len(fields)} fields, want 'query_id 0 docid "
+                                "relevance'; check the file")
             if int(fields[3]) > 0 and (lang, fields[0]) in relevant:
                 relevant[lang, fields[0]].add(fields[2])
     texts = {}
     for lang in langs:
         plant(args, lang, [r for r in records if r["lang"] == lang], relevant, folder)
         wanted = {docid for (of_lang, _), docids in relevant.items() if of_lang == lang for docid in docids}
-        texts |= {
-            (lang, p["docid"]): fingerprint(passage_text(p))
-            for file in corpus_files(folder, lang)
-            for p in read_passages(file, read_lines(file))
-            if p["docid"] in wanted
-        }
-    truth = {
-        r["query"]: {
-            "lang": r["lang"],
-            "relevant": sorted(texts[r["lang"], d] for d in relevant[r["lang"], r["query_id"]]),
-        }
-        for r in records
-    }
-    for name, lines in (
-        ("train.jsonl", map(dump, records)),
-        ("truth.json", [json.dumps(truth, ensure_ascii=False)]),
-    ):
+        passages = (p for file in corpus_files(folder, lang) for p in read_passages(file, read_lines(file)))
+        texts |= {(lang, p["docid"]): fingerprint(passage_text(p)) for p in passages if p["docid"] in wanted}
+    truth = {}
+    for r in records:
+        docids = relevant[r["lang"], r["query_id"]]
+        truth[r["query"]] = {"lang": r["lang"], "relevant": sorted(texts[r["lang"], d] for d in docids)}
+    for name, lines in (("train.jsonl", map(dump, records)),
+                        ("truth.json", [json.dumps(truth, ensure_ascii=False)])):
         with atomic(folder / name) as temporary:
             temporary.write_text("".join(lines), "utf-8")
     return {(lang, query_id): docids for (lang, query_id), docids in relevant.items()}
@@ -227,23 +174,6 @@ def answer(args):
 
 # --------------------------------------------------------------------------- the rows
 
-
-def stage(*command):
-    """Run a script of the project; its bad end ends this one."""
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    if done.returncode:
-        raise DataError(
-            f"{' '.join(map(str, command))[:300]} ended with {done.returncode}: {done.stderr[-600:]}"
-        )
-
-
 def judges(args):
     """[{judge, drop_at, weak, relabel}] of one seed, in the order in which they are run."""
     kinds = [("none", 1, False, False), ("stand-in", 1, False, False), ("stand-in", 1, False, True)]
@@ -261,40 +191,12 @@ def prepare(args, seed, folder):
     """Mined candidates with topics, from one positive a query."""
     data = folder / "data"
     relevant = hide(args, seed, data)
-    common = ["--lang", *args.lang] if args.lang else []
-    stage(
-        "01_mine_candidates.py",
-        "--data",
-        data,
-        "--retrievers",
-        "bm25",
-        args.encoder,
-        "--fusion",
-        "rrf",
-        "--depth",
-        args.depth,
-        "--cache",
-        folder.parent / "cache",
-        "--seed",
-        seed,
-        "--out",
-        folder / "candidates.jsonl",
-        *common,
-    )
-    stage(
-        "04_cluster_topics.py",
-        "--input",
-        folder / "candidates.jsonl",
-        "--encoder",
-        args.encoder,
-        "--cache",
-        folder.parent / "cache",
-        "--seed",
-        seed,
-        "--out",
-        folder / "topics.jsonl",
-        *common,
-    )
+    lang = ["--lang", *args.lang] if args.lang else []
+    common = ["--cache", folder.parent / "cache", "--seed", seed, *lang]
+    stage(ROOT / "01_mine_candidates.py", "--data", data, "--retrievers", "bm25", args.encoder, "--fusion",
+          "rrf", "--depth", args.depth, "--out", folder / "candidates.jsonl", *common)
+    stage(ROOT / "04_cluster_topics.py", "--input", folder / "candidates.jsonl", "--encoder", args.encoder,
+          "--out", folder / "topics.jsonl", *common)
     return relevant
 
 
@@ -310,57 +212,20 @@ def one_row(args, seed, row, folder, relevant):
     """Filter, train, evaluate: the row with its figures."""
     name = judge_name(row)
     top = folder / name / variant(row)
-    filtering = [
-        "02_filter_false_negatives.py",
-        "--input",
-        folder / "topics.jsonl",
-        "--llm",
-        f"simulated-{name}",
-        "--drop-at",
-        row["drop_at"],
-        "--cache",
-        folder / name,
-        "--seed",
-        seed,
-        "--out",
-        top / "filtered.jsonl",
-        *(["--relabel-at", 2] if row["relabel"] else []),
-    ]
+    filtering = [ROOT / "02_filter_false_negatives.py", "--input", folder / "topics.jsonl", "--llm",
+                 f"simulated-{name}", "--drop-at", row["drop_at"], "--cache", folder / name, "--seed", seed,
+                 "--out", top / "filtered.jsonl", *(["--relabel-at", 2] if row["relabel"] else [])]
     if row["judge"] == "stand-in":
-        stage("offline_llm.py", "--exec", sys.executable, *filtering)
+        stage(ROOT / "offline_llm.py", "--exec", sys.executable, *filtering)
     else:
+        error = -1 if row["judge"] == "none" else row["judge"]
         weak = ["--weak", *args.weak, "--weak-error", args.weak_error] if row["weak"] else []
-        stage(
-            __file__,
-            "--answer",
-            folder / "data/truth.json",
-            "--error",
-            -1 if row["judge"] == "none" else row["judge"],
-            *weak,
-            "--seed",
-            seed,
-            "--exec",
-            sys.executable,
-            *filtering,
-        )
+        stage(__file__, "--answer", folder / "data/truth.json", "--error", error, *weak, "--seed", seed,
+              "--exec", sys.executable, *filtering)
     flags = [word for flag in args.train_flags for word in ("--" + flag).split("=", 1)]
     n_filled = fill(args, top / "filtered.jsonl", top / "filled.jsonl", seed)
-    stage(
-        "05_train.py",
-        "--input",
-        top / "filled.jsonl",
-        "--encoder",
-        args.encoder,
-        "--epochs",
-        args.epochs,
-        "--negatives",
-        NEGATIVES,
-        *flags,
-        "--seed",
-        seed,
-        "--out",
-        top / "model",
-    )
+    stage(ROOT / "05_train.py", "--input", top / "filled.jsonl", "--encoder", args.encoder, "--epochs",
+          args.epochs, "--negatives", NEGATIVES, *flags, "--seed", seed, "--out", top / "model")
     found = evaluate(args, top / "model", top, top / "cache")
     return row | {"seed": seed, "filled": n_filled, **removal(top / "filtered.jsonl", relevant), **found}
 
@@ -375,20 +240,13 @@ def fill(args, source, target, seed):
             lang, negatives = record["lang"], record["negative_passages"]
             if len(negatives) < NEGATIVES:
                 if lang not in docids:
-                    docids[lang] = [
-                        p
-                        for path in corpus_files(args.data, lang)
-                        for p in read_passages(path, read_lines(path))
-                    ]
-                known = {
-                    p["docid"]
-                    for key in ("positive_passages", "negative_passages", "false_negatives")
-                    for p in record[key]
-                }
+                    docids[lang] = [p for path in corpus_files(args.data, lang)
+                                    for p in read_passages(path, read_lines(path))]
+                known = {p["docid"] for key in ("positive_passages", "negative_passages", "false_negatives")
+                         for p in record[key]}
                 free = [p for p in docids[lang] if p["docid"] not in known]
-                drawn = random.Random(f"{seed}:{lang}:{record['query_id']}").sample(
-                    free, min(len(free), NEGATIVES - len(negatives))
-                )
+                n_missing = min(len(free), NEGATIVES - len(negatives))
+                drawn = random.Random(f"{seed}:{lang}:{record['query_id']}").sample(free, n_missing)
                 record["negative_passages"] = negatives + [p | {"source": "random"} for p in drawn]
                 n_filled += len(drawn)
             file.write(dump(record))
@@ -397,14 +255,11 @@ def fill(args, source, target, seed):
 
 def evaluate(args, model, top, cache):
     lang = ["--lang", *args.lang] if args.lang else []
-    stage(
-        "06_eval.py", "--data", args.data, "--models", model, "--cache", cache, "--out", top / "eval", *lang
-    )
+    stage(ROOT / "06_eval.py", "--data", args.data, "--models", model, "--cache", cache, "--out",
+          top / "eval", *lang)
     rows = next(iter(json.loads((top / "eval/metrics.json").read_text("utf-8"))["models"].values()))
-    return {
-        "ndcg@10": rows["avg"]["ndcg@10"],
-        "by_lang": {lang: r["ndcg@10"] for lang, r in rows.items() if lang != "avg"},
-    }
+    return {"ndcg@10": rows["avg"]["ndcg@10"],
+            "by_lang": {lang: r["ndcg@10"] for lang, r in rows.items() if lang != "avg"}}
 
 
 def removal(path, relevant):
@@ -416,18 +271,13 @@ def removal(path, relevant):
         relabelled = [p for p in record["positive_passages"] if p.get("source") == "relabelled"]
         removed = [p["docid"] in known for p in record["false_negatives"] + relabelled]
         kept = [p["docid"] in known for p in record["negative_passages"]]
-        for key, value in (
-            ("candidates", len(removed) + len(kept)),
-            ("hidden", sum(removed) + sum(kept)),
-            ("removed", len(removed)),
-            ("right", sum(removed)),
-        ):
+        for key, value in (("candidates", len(removed) + len(kept)), ("hidden", sum(removed) + sum(kept)),
+                           ("removed", len(removed)), ("right", sum(removed))):
             counts[key] += value
     return counts
 
 
 # --------------------------------------------------------------------------- summary and figure
-
 
 def summarise(result):
     """[{judge, drop_at, weak, relabel, mean, sd, seeds, gain, p, half, ...}] over the seeds; gain is over no
@@ -438,23 +288,19 @@ def summarise(result):
     without, curve = groups.get(("none", 1, False, False), {}), []
     for kind, rows in groups.items():
         values = np.array([100 * r["ndcg@10"] for r in rows.values()])
-        gains = [
-            round(100 * (r["ndcg@10"] - without[s]["ndcg@10"]), 6) for s, r in rows.items() if s in without
-        ]
+        gains = [round(100 * (r["ndcg@10"] - without[s]["ndcg@10"]), 6)
+                 for s, r in rows.items() if s in without]
         total = {k: sum(r[k] for r in rows.values()) for k in ("candidates", "hidden", "removed", "right")}
-        curve.append(
-            {
-                **dict(zip(KIND, kind)),
-                "mean": round(float(values.mean()), 2),
-                "sd": round(float(values.std(ddof=1)), 2) if len(values) > 1 else None,
-                "seeds": len(values),
-                "gain": round(float(np.mean(gains)), 2) if gains else None,
-                "p": p_of(gains),
-                "half": half_width(gains),
-                "precision": round(total["right"] / total["removed"], 3) if total["removed"] else None,
-                "recall": round(total["right"] / total["hidden"], 3) if total["hidden"] else None,
-            }
-        )
+        curve.append({
+            **dict(zip(KIND, kind)),
+            "mean": round(float(values.mean()), 2),
+            "sd": round(float(values.std(ddof=1)), 2) if len(values) > 1 else None,
+            "seeds": len(values),
+            "gain": round(float(np.mean(gains)), 2) if gains else None,
+            "p": p_of(gains),
+            "half": half_width(gains),
+            "precision": round(total["right"] / total["removed"], 3) if total["removed"] else None,
+            "recall": round(total["right"] / total["hidden"], 3) if total["hidden"] else None})
     return curve
 
 
@@ -478,10 +324,8 @@ def half_width(gains):
 
 def told(points):
     """`10%: +0.5 (p 0.04), ...` of the gains of a judge's error rates."""
-    return ", ".join(
-        f"{'perfect' if c['judge'] == 0 else format(c['judge'], '.0%')}: {c['gain']:+.1f} (p {c['p']:.2g})"
-        for c in points
-    )
+    return ", ".join(f"{'perfect' if c['judge'] == 0 else format(c['judge'], '.0%')}: {c['gain']:+.1f} "
+                     f"(p {c['p']:.2g})" for c in points)
 
 
 def reading(curve):
@@ -494,18 +338,13 @@ def reading(curve):
         "removing grade 2 only": [c for c in numbers if c["drop_at"] == 2],
         "relabelling grade 2 as positives, removing grade 1": [c for c in numbers if c["relabel"]],
     }
-    sentences = [
-        f"nDCG@10 over no filter by the judge's error rate, {kind}: {told(sorted(of, key=judge_of))}."
-        for kind, of in kinds.items()
-        if of
-    ]
+    sentences = [f"nDCG@10 over no filter by the judge's error rate, {kind}: "
+                 f"{told(sorted(of, key=judge_of))}." for kind, of in kinds.items() if of]
     halves = [c["half"] for c in numbers]
-    return [
-        *sentences,
-        f"With {max(c['seeds'] for c in numbers)} seeds the 95% intervals of these differences reach "
-        f"{min(halves):.1f} to {max(halves):.1f} points to either side (median {np.median(halves):.1f}): "
-        "smaller ones are not shown here, and none is corrected for the number of rows.",
-    ]
+    n_seeds = max(c["seeds"] for c in numbers)
+    return [*sentences, f"With {n_seeds} seeds the 95% intervals of these differences reach "
+            f"{min(halves):.1f} to {max(halves):.1f} points to either side (median {np.median(halves):.1f}): "
+            "smaller ones are not shown here, and none is corrected for the number of rows."]
 
 
 def judge_of(row):
@@ -520,27 +359,15 @@ def table(result):
     for c in result["summary"]:
         name = names.get(c["judge"]) or f"errs in {100 * c['judge']:.0f}%" + weak * c["weak"]
         name += ", grade 2 relabelled" * c["relabel"]
-        cells = [
-            f"{c['mean']:.1f}",
-            *(
-                "" if c[key] is None else form.format(c[key])
-                for key, form in (
-                    ("sd", "{:.1f}"),
-                    ("gain", "{:+.1f}"),
-                    ("precision", "{:.2f}"),
-                    ("recall", "{:.2f}"),
-                )
-            ),
-        ]
-        lines.append(
-            f"| {name} | {'' if c['judge'] in ('none', 0) else c['drop_at']} | " + " | ".join(cells) + " |"
-        )
-    return "\n".join(lines) + (
-        f"\n\nPrecision and recall of what is removed, beside the known false negatives; before training: "
-        f"{100 * result['start']['ndcg@10']:.1f}. "
-        f"{max((c['seeds'] for c in result['summary']), default=0)} seeds, "
-        f"{result['settings']['epochs']} epochs."
-    )
+        forms = {"sd": "{:.1f}", "gain": "{:+.1f}", "precision": "{:.2f}", "recall": "{:.2f}"}
+        cells = ["" if c[key] is None else form.format(c[key]) for key, form in forms.items()]
+        drop_at = "" if c["judge"] in ("none", 0) else c["drop_at"]
+        lines.append(f"| {name} | {drop_at} | {c['mean']:.1f} | " + " | ".join(cells) + " |")
+    n_seeds = max((c["seeds"] for c in result["summary"]), default=0)
+    settings, before = result["settings"], 100 * result["start"]["ndcg@10"]
+    note = ("Precision and recall of what is removed, beside the known false negatives; before training: "
+            f"{before:.1f}. {n_seeds} seeds, {settings['epochs']} epochs.")
+    return "\n".join([*lines, "", note])
 
 
 def draw(result, path):
@@ -548,69 +375,38 @@ def draw(result, path):
     import textwrap
 
     import matplotlib
-
     matplotlib.use("Agg")
     from matplotlib import pyplot
-
-    curve = result["summary"]
+    curve, weak_error = result["summary"], result["settings"]["weak_error"]
     pyplot.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}
     figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    looks = {
-        (1, False): ("o-", "0.0"),
-        (2, False): ("s--", "0.45"),
-        (1, True): ("^-", "0.0"),
-        (2, True): ("v--", "0.45"),
-    }
+    looks = {(1, False): ("o-", "0.0"), (2, False): ("s--", "0.45"), (1, True): ("^-", "0.0"),
+             (2, True): ("v--", "0.45")}
     for (drop_at, weak), (style, color) in looks.items():
-        points = sorted(
-            (
-                c
-                for c in curve
-                if not isinstance(c["judge"], str)
-                and c["weak"] == weak
-                and not c["relabel"]
-                and c["drop_at"] in (drop_at, 1 if c["judge"] == 0 and not weak else drop_at)
-            ),
-            key=lambda c: c["judge"],
-        )
+        points = [c for c in curve if not isinstance(c["judge"], str) and c["weak"] == weak
+                  and not c["relabel"]]
+        points = [c for c in points if c["drop_at"] == drop_at or c["judge"] == 0 and not weak]
+        points.sort(key=judge_of)
+        label = f"--drop-at {drop_at}"
+        if weak:
+            label += f", error {100 * weak_error:.0f}% in {' '.join(result['settings']['weak'])}"
         if points:
-            label = f"--drop-at {drop_at}" + (
-                f", error {100 * result['settings']['weak_error']:.0f}% in "
-                f"{' '.join(result['settings']['weak'])}"
-                if weak
-                else ""
-            )
-            axis.errorbar(
-                [100 * c["judge"] for c in points],
-                [c["mean"] for c in points],
-                [c["sd"] or 0 for c in points],
-                fmt=style,
-                color=color,
-                mfc="white" if weak or drop_at == 2 else color,
-                capsize=3,
-                label=label,
-            )
-    lines = [
-        (c["mean"], {"none": "no filter", "stand-in": "the offline stand-in judges"}[c["judge"]])
-        for c in curve
-        if isinstance(c["judge"], str) and not c["relabel"]
-    ]
-    for (value, label), style in zip(lines, (":", "-.")):
-        axis.axhline(value, color="black", linestyle=style, linewidth=1, label=label)
-    axis.plot(
-        [], [], " ", label=f"before training: {100 * result['start']['ndcg@10']:.1f}"
-    )  # far below: a line would flatten the rest
+            axis.errorbar([100 * c["judge"] for c in points], [c["mean"] for c in points],
+                          [c["sd"] or 0 for c in points], fmt=style, color=color, capsize=3, label=label,
+                          mfc="white" if weak or drop_at == 2 else color)
+    called = {"none": "no filter", "stand-in": "the offline stand-in judges"}
+    flat = [c for c in curve if isinstance(c["judge"], str) and not c["relabel"]]
+    for c, style in zip(flat, (":", "-.")):
+        axis.axhline(c["mean"], color="black", linestyle=style, linewidth=1, label=called[c["judge"]])
+    before = f"before training: {100 * result['start']['ndcg@10']:.1f}"
+    axis.plot([], [], " ", label=before)  # far below: a line would flatten the rest
     n_seeds = max((c["seeds"] for c in curve), default=0)
     axis.set_xlabel("error rate of the simulated judge (%)")
     axis.set_ylabel(f"nDCG@10 (%), average of {len(result['start']['by_lang'])} languages")
     perfect = next((c for c in curve if c["judge"] == 0 and not c["relabel"] and c["gain"] is not None), None)
     title = f"A perfect judge is worth {perfect['gain']:+.1f} nDCG@10" if perfect else "unfinished"
-    axis.set_title(
-        textwrap.fill(
-            f"{title} (labelled simulation, not a language model; mean and sd of {n_seeds} seeds)", 85
-        ),
-        fontsize=10,
-    )
+    title += f" (labelled simulation, not a language model; mean and sd of {n_seeds} seeds)"
+    axis.set_title(textwrap.fill(title, 85), fontsize=10)
     axis.legend(frameon=False, fontsize=9)
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
@@ -630,23 +426,13 @@ def main(argv=None):
         p and str(Path(p).resolve()) if p and Path(p).exists() else p
         for p in (args.data, args.encoder, args.truth)
     )
-    settings = {
-        "data": Path(args.data).name,
-        "encoder": Path(args.encoder).name,
-        "truth": bool(args.truth),
-        "lang": args.lang,
-        "depth": args.depth,
-        "plant": args.plant,
-        "epochs": args.epochs,
-        "train_flags": args.train_flags,
-        "weak": args.weak,
-        "weak_error": args.weak_error,
-    }
+    settings = {"data": Path(args.data).name, "encoder": Path(args.encoder).name, "truth": bool(args.truth)}
+    names = ("lang", "depth", "plant", "epochs", "train_flags", "weak", "weak_error")
+    settings |= {name: getattr(args, name) for name in names}
     result = json.loads(path.read_text("utf-8")) if path.is_file() else {"settings": settings, "rows": []}
     if result["settings"] != settings:
-        raise DataError(
-            f"{path} was made with other settings ({result['settings']}); give another --out, or remove it"
-        )
+        raise DataError(f"{path} was made with other settings ({result['settings']}); give another --out, or "
+                        "remove it")
 
     def save():
         result["summary"] = summarise(result)
@@ -668,9 +454,8 @@ def main(argv=None):
             made = one_row(args, seed, row, folder, relevant)
             with saving:
                 result["rows"].append(made)
-                result["rows"].sort(
-                    key=lambda r: (r["seed"], [*map(str, judges(args))].index(str({k: r[k] for k in row})))
-                )
+                order = [*map(str, judges(args))]
+                result["rows"].sort(key=lambda r: (r["seed"], order.index(str({k: r[k] for k in row}))))
                 save()
             shutil.rmtree(folder / judge_name(row) / variant(row))  # the row is what is kept
             say(dump({k: v for k, v in made.items() if k != "by_lang"}).strip())
@@ -680,17 +465,11 @@ def main(argv=None):
             folder = work / f"seed-{seed}"
             relevant = prepare(args, seed, folder)
             with ThreadPoolExecutor(args.jobs) as pool:
-                list(
-                    pool.map(
-                        lambda of_judge: do(seed, of_judge, folder, relevant),
-                        [list(of) for _, of in groupby(rows, judge_name)],
-                    )
-                )
-    if len(result["rows"]) < len(args.seeds) * len(judges(args)):
-        say(
-            f"{path}: {len(result['rows'])} of {len(args.seeds) * len(judges(args))} rows are there; start "
-            f"again to go on"
-        )
+                of_judges = [list(of) for _, of in groupby(rows, judge_name)]
+                list(pool.map(lambda of_judge: do(seed, of_judge, folder, relevant), of_judges))
+    n_rows = len(args.seeds) * len(judges(args))
+    if len(result["rows"]) < n_rows:
+        say(f"{path}: {len(result['rows'])} of {n_rows} rows are there; start again to go on")
         return
     save()
     draw(result, Path(f"{args.out}.png"))

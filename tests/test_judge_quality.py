@@ -5,7 +5,9 @@ import sys
 from collections import Counter
 
 import pytest
-from conftest import load_stage, run_stage
+from conftest import ROOT, load_stage, run_stage
+
+sys.path.insert(0, str(ROOT / "bench"))
 
 
 @pytest.fixture(scope="module")

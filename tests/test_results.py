@@ -106,7 +106,7 @@ def test_a_difference_to_each_baseline_is_shown_and_that_of_two_baselines_once(t
 def test_commands_use_flags_that_exist():
     text = PAGE.replace("\\\n", " ").replace("$LANGS", "sw te")
     found = re.findall(r"^python (?:offline_llm.py --exec python )?(0\d\w+\.py) (.*)$", text, re.M)
-    assert len(found) == 10
+    assert len(found) == 11
     for script, arguments in found:
         load_stage(script.removesuffix(".py")).build_parser().parse_args(shlex.split(arguments))
     found = re.findall(r"^python bench/(ablations|real_encoder).py (.*)$", text, re.M)

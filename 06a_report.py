@@ -260,7 +260,7 @@ def removed_figure(found, axis):
 
 def loss_figure(found, axis):
     steps = np.array([(line["step"], line["loss"]) for line in found["log"] if "loss" in line])  # (N, 2)
-    dev = [line for line in found["log"] if "dev" in line]
+    dev = [line for line in found["log"] if line.get("dev")]  # empty where no query was held out
     window = max(1, len(steps) // 20)
     smooth = np.convolve(steps[:, 1], np.ones(window) / window, "valid")
     title = f"Training loss goes from {smooth[0]:.2f} to {smooth[-1]:.2f}"

@@ -379,6 +379,14 @@ def test_lang_and_limit_change_what_is_shown(report, tmp_path):
     assert "**Left out**: Scores by language (Table 1)" in make_report(report, run, "--lang", "fi")
 
 
+def test_a_training_without_held_out_queries_has_its_loss_alone(report, tmp_path):
+    run = make_run(tmp_path)
+    last = {"step": 2, "epoch": 1.0, "lang": "th", "loss": 1.0, "dev": {}, "dev_mrr@10": None}
+    lines = [{"step": 1, "epoch": 0.5, "lang": "th", "loss": 3.0}, last]
+    write(run / "model/train_log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    assert "![Training loss goes from 3.00 to 1.00](" in make_report(report, run)
+
+
 def test_what_is_missing_is_left_out_and_said(report, tmp_path):
     run = make_run(tmp_path)
     whole = make_report(report, run)

@@ -332,7 +332,7 @@ def test_cached_gradients_give_the_same_weights(one_process):
 
 
 def test_cached_gradients_repeat_the_dropout_of_each_chunk(made):
-    encoder = Encoder(str(made / "dropout"), "cpu")
+    encoder = Encoder(str(made / "dropout"), "cpu", trains=True)
     encoder.model.train()
     texts = [" ".join(text.split()[:n]) for text in TEXTS.values() for n in (2, 5, 9)]
     gradients = []

@@ -500,7 +500,7 @@ def test_judge_quality_trains_with_the_same_settings():
     words = ["ENCODER=intfloat/multilingual-e5-small", "TRAIN=--lr 1e-5 --clip 2"]
     words = ["make", "-n", "judge-quality", *words]
     done = subprocess.run(words, cwd=ROOT, env=OUTSIDE, capture_output=True, text=True)
-    assert " --train-flags lr=1e-5 clip=2 batch-size=24 " in done.stdout and "--epochs 1 " in done.stdout
+    assert " --train-flags lr=1e-5 clip=2 batch-size=24 " in done.stdout and "--epochs 2 " in done.stdout
 
 
 def test_gpus_start_mining_and_training_under_torchrun(copy):

@@ -137,6 +137,6 @@ def test_the_readmes_real_encoder_runs_on_a_cut(project, tmp_path):  # noqa: F81
 def settings():
     """(learning rate, epochs, tokens of a passage) of a pretrained encoder, as the Makefile says."""
     makefile = (ROOT / "Makefile").read_text("utf-8")
-    flags = re.search(r"^TRAIN_pretrained := --lr (\S+) --passage-max-len (\d+)", makefile, re.M)
+    flags = re.search(r"^TRAIN_pretrained := --lr (\S+) .*--passage-max-len (\d+)", makefile, re.M)
     epochs = re.search(r"^EPOCHS_pretrained := (\d+)", makefile, re.M)
     return float(flags[1]), int(epochs[1]), int(flags[2])

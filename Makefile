@@ -93,7 +93,7 @@ SMALL := $(filter models/$(NAME),$(ENCODER))
 # the settings of KIND; chunks of tokens take 6 GB of memory where whole batches take 17
 EPOCHS_small := 8
 EPOCHS_paper := 20
-EPOCHS_pretrained := 2
+EPOCHS_pretrained := 1
 TRAIN_small := --lr 1e-3 --temperature 0.05
 TRAIN_paper :=
 TRAIN_pretrained := --lr 2e-5 --negatives 3 --passage-max-len 128 --chunk-tokens 4096

@@ -246,6 +246,7 @@ class Encoder:
         """The SentenceTransformer, with what --settings and MAKERS change of its modules."""
         from sentence_transformers.base.modules import Normalize
         from sentence_transformers.sentence_transformer.modules import Pooling
+        from torch.backends import mkldnn
         from torch.utils.mkldnn import to_mkldnn
         model = load_model(self.folder, self.device)
         if self.given.get("normalise") == "no" and isinstance(model[-1], Normalize):
@@ -256,7 +257,7 @@ class Encoder:
                                 "supported; take another model")
             if isinstance(module, Pooling) and self.pooling:
                 module.pooling_mode = self.pooling
-        if self.device == "cpu" and self.dtype == "fp32" and not self.trains:
+        if self.device == "cpu" and self.dtype == "fp32" and not self.trains and mkldnn.is_available():
             to_mkldnn(model[0].model)  # oneDNN's products: 1.5 times MKL's speed on AMD
         return model
 

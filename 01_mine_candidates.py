@@ -91,23 +91,24 @@ def answers(records):
     return found
 
 
-def allowed(question, positives, hits, passages, depth, args):
+def allowed(question, positives, hits, passages, texts, depth, args):
     """(candidates, left out): the first `depth` hits that may be candidates, {why: n} of others above them.
 
-    A positive is known by docid or text. A document may be the query itself, as in BEIR's ArguAna.
+    passages and texts (their text_key) are by row. A positive is known by docid or text. A document may be
+    the query itself, as in BEIR's ArguAna.
     """
     docids = {passage["docid"] for passage in positives}
-    texts = {text_key(passage) for passage in positives}
+    known = {text_key(passage) for passage in positives}
     articles = {article(docid, args) for docid in docids} if args.exclude_same_article else set()
     candidates, left_out, taken = [], Counter(), set()
     for hit in hits:
         passage = passages[hit["row"]]
-        text = text_key(passage)
-        if hit["docid"] in docids or text in texts:
+        text = texts[hit["row"]]
+        if hit["docid"] in docids or text in known:
             continue
         if article(hit["docid"], args) in articles:
             left_out["left out, of a positive's article"] += 1
-        elif question in (text, normalise(passage_text(passage))):
+        elif question.endswith(text) and question in (text, normalise(passage_text(passage))):
             left_out["left out, the query itself"] += 1
         elif text in taken:
             left_out["left out, duplicates of a candidate's text"] += 1
@@ -139,8 +140,9 @@ def mine(ensemble, lang, records, depth, args):
             low = [[hit for hit in hits if hit["score"] < below[i]][:fetched]
                    for i, hits in zip(group, found)]
             passages = fetch_passages(args.data, lang, {hit["row"] for hits in low for hit in hits})
+            texts = {row: text_key(passage) for row, passage in passages.items()}
             for i, hits, everything in zip(group, low, found):
-                mined[i] = allowed(questions[i], positives[questions[i]], hits, passages, depth, args)
+                mined[i] = allowed(questions[i], positives[questions[i]], hits, passages, texts, depth, args)
                 if len(mined[i][0]) < depth and (len(everything) == asked or len(hits) == fetched):
                     short.append(i)
             if asked == depth + EXTRA:

@@ -222,7 +222,7 @@ class Ensemble:
         by each retriever that has it in its own top 2 x depth.
         """
         lists = self.rank(lang, queries, 2 * depth)
-        hits = [self.fuse(dict(zip(lists, found)))[:depth] for found in zip(*lists.values())]
+        hits = [self.fuse(dict(zip(lists, found)), depth) for found in zip(*lists.values())]
         return hits, {name: [[hit[0] for hit in found] for found in lists[name]] for name in self.names}
 
     def rank(self, lang, queries, k):
@@ -256,21 +256,21 @@ class Ensemble:
             found[name] = [[(docid.decode(), row, score) for score, docid, row in zip(*of)] for of in columns]
         return found
 
-    def fuse(self, lists):
-        """The hits of one query, of {retriever: [(docid, row, score)]}."""
-        docids = {row: docid for found in lists.values() for docid, row, _ in found}
-        ranks = {row: {} for row in docids}
-        for name in self.names:
-            for rank, (_, row, _) in enumerate(lists[name], 1):
-                ranks[row][name] = rank
+    def fuse(self, lists, depth):
+        """The first `depth` hits of one query, of {retriever: [(docid, row, score)]}."""
+        ranks = {name: {row: rank for rank, (_, row, _) in enumerate(lists[name], 1)} for name in self.names}
         fused = lists[CONCAT if self.concat else self.names[0]]
         if len(self.names) > 1 and not self.concat:  # reciprocal rank fusion
-            scores = {row: round(sum(self.weights[name] / (RRF_K + rank) for name, rank in of.items()), 6)
-                      for row, of in ranks.items()}
-            order = sorted(docids, key=lambda row: (-scores[row], docids[row].encode()))
-            fused = [(docids[row], row, scores[row]) for row in order]
-        return [{"docid": docid, "row": row, "score": score, "ranks": ranks[row]}
-                for docid, row, score in fused]
+            docids = {row: docid for found in lists.values() for docid, row, _ in found}
+            scores = dict.fromkeys(docids, 0)
+            for name, of_retriever in ranks.items():
+                for row, rank in of_retriever.items():
+                    scores[row] += self.weights[name] / (RRF_K + rank)
+            fused = [(docids[row], row, round(score, 6)) for row, score in scores.items()]
+            fused.sort(key=lambda hit: (-hit[2], hit[0].encode()))
+        return [{"docid": docid, "row": row, "score": score,
+                 "ranks": {name: of[row] for name, of in ranks.items() if row in of}}
+                for docid, row, score in fused[:depth]]
 
 
 # --------------------------------------------------------------------------- BM25

@@ -256,7 +256,7 @@ def test_the_summary_tells_what_each_retriever_finds(words, tmp_path):
 
 def test_one_text_is_one_candidate_and_the_query_itself_is_none(words, tmp_path, capfd):
     more = [passage("8#0", "A b c\u3000x"), passage("9#0", "", "a b"), passage("9#1", "", "a x")]
-    more.append(passage("9#2", "a b c", "d"))
+    more += [passage("9#2", "a b c", "d"), passage("9#3", "c")]
     write(tmp_path / "data/corpus/en.jsonl", [*CORPUS, *more])
     record = read(words / "data/train.jsonl")[0] | {"query": "a b  c"}
     titled = record | {
@@ -268,7 +268,8 @@ def test_one_text_is_one_candidate_and_the_query_itself_is_none(words, tmp_path,
     found = run_mine(words, tmp_path, data=tmp_path / "data")
     docids = [p["docid"] for p in found[0]["candidate_passages"]]
     assert "1#1" in docids and "8#0" not in docids  # "A b c x" in full width and large letters is "a b c x"
-    assert "9#2" not in docids and {"9#0", "9#1"} < set(docids)  # titles alone are told apart
+    assert "9#2" not in docids  # titles alone are told apart; the end of a query is not the query
+    assert {"9#0", "9#1", "9#3"} < set(docids)
     assert "9#2" not in [p["docid"] for p in found[1]["candidate_passages"]]  # title and text are the query
     row = json.loads((tmp_path / "out.jsonl.meta.json").read_text("utf-8"))["counts"]["by_lang"]["en"]
     assert row["left out, the query itself"] == 2

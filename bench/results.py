@@ -83,9 +83,11 @@ def scores(name, called=None):
 
 def main_table(*names):
     """The README's: the untrained rows and the path from naive to full, of the ablations named last; BM25 and
-    the start may be those of a run named first."""
+    the start may be those of a run named first. Of further sets of queries the average and what it gains on
+    naive."""
     by_rows = load(names[-1])
     langs, shown = by_rows["langs"], ("not trained", "step by step")
+    further = by_rows.get("further", {})
     wanted = [row for row in by_rows["ablations"] if row["group"] in shown]
     keys = [key for key in ("to_before", "to_naive") if any(row.get(key) for row in wanted)]
     rows = []
@@ -96,7 +98,8 @@ def main_table(*names):
             of_lang = result["models"][model]
             average = of_lang["avg"]
             rows.append([title, f"{100 * average['ndcg@10']:.1f}", f"{100 * average['recall@100']:.1f}",
-                         *[""] * len(keys), *(f"{100 * of_lang[lang]['ndcg@10']:.1f}" for lang in langs)])
+                         *[""] * len(keys), *(f"{100 * of_lang[lang]['ndcg@10']:.1f}" for lang in langs),
+                         *[""] * 2 * len(further)])
     for row in wanted:
         trained = row["group"] == "step by step"
         sd = f" ± {row['sd']:.1f}" if trained and row["sd"] is not None else ""
@@ -104,10 +107,17 @@ def main_table(*names):
         rows.append([row["name"], score + sd, f"{row['recall@100']:.1f}",
                      *(told(row.get(key)) for key in keys),
                      *(f"{row['by_lang'][lang]:.1f}" for lang in langs)])
+        for of_set in further.values():
+            found = of_set["rows"].get(row["name"], {})
+            rows[-1] += [f"{found['ndcg@10']:.1f}" if found else "", told(found.get("to_naive"))]
     header = ["nDCG@10", "avg", "R@100", *(key.replace("_", " ") for key in keys), *langs]
+    for what in further:
+        header += [what, "to naive"]
     n_seeds = max(row["seeds"] for row in by_rows["ablations"])
-    return (f"{markdown(header, rows)}\n\n{by_rows['queries']} dev queries; trained rows: mean and standard "
-            f"deviation of {n_seeds} seeds, difference with 95% interval and p after Holm's correction")
+    queries = "".join(f", {of_set['queries']} of {what}" for what, of_set in further.items())
+    return (f"{markdown(header, rows)}\n\n{by_rows['queries']} dev queries{queries}; trained rows: mean and "
+            f"standard deviation of {n_seeds} seeds, difference with 95% interval and p after Holm's "
+            "correction")
 
 
 def told(test):

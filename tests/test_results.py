@@ -108,13 +108,13 @@ def test_a_difference_to_each_baseline_is_shown_and_that_of_two_baselines_once(t
 def test_commands_use_flags_that_exist():
     text = PAGE.replace("\\\n", " ").replace("$LANGS", "sw te")
     found = re.findall(r"^python (?:offline_llm.py --exec python )?(0\d\w+\.py) (.*)$", text, re.M)
-    assert len(found) == 11
+    assert len(found) == 12
     for script, arguments in found:
         load_stage(script.removesuffix(".py")).build_parser().parse_args(shlex.split(arguments))
     found = re.findall(r"^python bench/(ablations|real_encoder).py (.*)$", text, re.M)
     parsed = [load_stage(f"bench/{script}").build_parser().parse_args(shlex.split(arguments))
               for script, arguments in found]
-    assert len(parsed) == 5 and parsed[-1].lang == ["sw", "te"] and len(parsed[-1].rows) == 10
+    assert len(parsed) == 6 and parsed[-1].lang == ["sw", "te"] and len(parsed[-1].rows) == 10
     assert {"before training", "naive top-k"} <= set(parsed[0].rows) & set(parsed[0].against)
 
 

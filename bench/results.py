@@ -102,14 +102,14 @@ def main_table(*names):
                          *[""] * 2 * len(further)])
     for row in wanted:
         trained = row["group"] == "step by step"
-        sd = f" ± {row['sd']:.1f}" if trained and row["sd"] is not None else ""
         score = f"**{row['ndcg@10']:.1f}**" if trained else f"{row['ndcg@10']:.1f}"
-        rows.append([row["name"], score + sd, f"{row['recall@100']:.1f}",
+        rows.append([row["name"], score + deviation(row, trained), f"{row['recall@100']:.1f}",
                      *(told(row.get(key)) for key in keys),
                      *(f"{row['by_lang'][lang]:.1f}" for lang in langs)])
         for of_set in further.values():
-            found = of_set["rows"].get(row["name"], {})
-            rows[-1] += [f"{found['ndcg@10']:.1f}" if found else "", told(found.get("to_naive"))]
+            found = of_set["rows"].get(row["name"])
+            rows[-1] += ["", ""] if not found else [
+                f"{found['ndcg@10']:.1f}{deviation(found, trained)}", told(found["to_naive"])]
     header = ["nDCG@10", "avg", "R@100", *(key.replace("_", " ") for key in keys), *langs]
     for what in further:
         header += [what, "to naive"]
@@ -118,6 +118,11 @@ def main_table(*names):
     return (f"{markdown(header, rows)}\n\n{by_rows['queries']} dev queries{queries}; trained rows: mean and "
             f"standard deviation of {n_seeds} seeds, difference with 95% interval and p after Holm's "
             "correction")
+
+
+def deviation(row, trained):
+    """Of the seeds; without training there is none."""
+    return f" ± {row['sd']:.1f}" if trained and row["sd"] is not None else ""
 
 
 def told(test):

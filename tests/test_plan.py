@@ -484,8 +484,14 @@ def dry(folder, *words):
     "words, wanted",
     [
         ([], "--epochs 8 | --lr 1e-3 --temperature 0.05"),
-        (["ENCODER=intfloat/multilingual-e5-small"], "--epochs 1 | --lr 2e-5 --negatives 3 --passage-max-len 128"),
-        (["ENCODER=models/multilingual-e5-small"], "--epochs 1 | --lr 2e-5 --negatives 3 --passage-max-len 128"),
+        (
+            ["ENCODER=intfloat/multilingual-e5-small"],
+            "--epochs 1 | --lr 2e-5 --negatives 3 --passage-max-len 128",
+        ),
+        (
+            ["ENCODER=models/multilingual-e5-small"],
+            "--epochs 1 | --lr 2e-5 --negatives 3 --passage-max-len 128",
+        ),
         (["ENCODER=BAAI/bge-m3"], "--epochs 20 | --topic-power 0.5 --out"),
         (["ENCODER=intfloat/multilingual-e5-small", "KIND=paper"], "--epochs 20 | --topic-power 0.5 --out"),
         (["ENCODER=BAAI/bge-m3", "EPOCHS=2", "TRAIN=--lr 1e-5"], "--epochs 2 | --lr 1e-5 --out"),

@@ -66,13 +66,13 @@ def test_the_main_table_of_ablations_alone_has_their_untrained_rows(tmp_path, mo
     rows = [same | {"name": "before training", "group": "not trained", "to_before": None, "to_naive": None},
             same | {"name": "full method", "group": "step by step", "to_before": test, "to_naive": None},
             same | {"name": "another", "group": "Table 2", "to_before": test, "to_naive": test}]  # fmt: skip
-    further = {"sample": {"queries": 5, "rows": {"full method": {"ndcg@10": 70.0, "to_naive": test}}}}
+    further = {"sample": {"queries": 5, "rows": {"full method": {"ndcg@10": 70.0, "sd": 2.0, "to_naive": test}}}}
     results.save("real", {"langs": ["sw"], "queries": 7, "ablations": rows, "further": further})
     assert results.table("main", "real").splitlines() == [
         "| nDCG@10 | avg | R@100 | to before | sw | sample | to naive |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         "| before training | 80.0 | 99.0 |  | 80.0 |  |  |",
-        "| full method | **80.0** ± 0.5 | 99.0 | +1.2 [+0.5, +2.0], p 0.004 | 80.0 | 70.0 | "
+        "| full method | **80.0** ± 0.5 | 99.0 | +1.2 [+0.5, +2.0], p 0.004 | 80.0 | 70.0 ± 2.0 | "
         "+1.2 [+0.5, +2.0], p 0.004 |",
         "",
         "7 dev queries, 5 of sample; trained rows: mean and standard deviation of 3 seeds, difference with "

@@ -4,6 +4,7 @@
 """
 
 import csv
+import gc
 import json
 import os
 import re
@@ -220,8 +221,12 @@ def steers(text):
 def ends(command, flags, capsys):
     """(exit status, what stands on stderr) of a command with more flags, in this process."""
     capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        common.run(lambda: main(command, [*COMMANDS[command].split(), *flags]))
+    gc.disable()  # what earlier tests left may not be closed at the bottom of a recursion: that is told on stderr
+    try:
+        with pytest.raises(SystemExit) as ended:
+            common.run(lambda: main(command, [*COMMANDS[command].split(), *flags]))
+    finally:
+        gc.enable()
     return ended.value.code or 0, capsys.readouterr().err
 
 

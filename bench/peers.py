@@ -142,7 +142,7 @@ def train_flags(job):
 
 
 def train_ours(job):
-    chunks = ["--chunk-tokens", str(32 * job["max_len"])] if job["cached"] else []  # as its default
+    chunks = ["--chunk-tokens", str(16 * job["max_len"])] if job["cached"] else []  # its own: of 32 texts
     stage(job, "05_train").main(
         [*train_flags(job), "--max-steps", str(job["steps"] + 1), "--temperature", str(TEMPERATURE),
          "--device", job["device"], "--dtype", job["dtype"], "--query-max-len", str(job["max_len"]),
@@ -458,12 +458,11 @@ def train_cases(work, args):
 def mine_cases(work, args):
     size = make_corpus(work / "mine", args.texts, args.records, *args.mine)
     cases = {}
-    for dtype in LIMITS:
-        for again in (False, True):
-            name = f"mine {size}{', again' * again}, {dtype}"
-            cases[name] = beside(args, do="mine", data=str(work / "mine"), dtype=dtype, again=again)
-            for side, job in cases[name].items():
-                job["cache"] = f"{work}/cache.{side}.{dtype}"
+    for dtype, again in (("fp32", False), ("fp32", True), ("bf16", False)):  # again: given vectors, no dtype
+        name = f"mine {size}{', again' * again}, {dtype}"
+        cases[name] = beside(args, do="mine", data=str(work / "mine"), dtype=dtype, again=again)
+        for side, job in cases[name].items():
+            job["cache"] = f"{work}/cache.{side}.{dtype}"
     return cases
 
 
@@ -552,7 +551,7 @@ def same_work(name, jobs, found):
 
 
 def measure(cases, args):
-    """{name: {sides, ratios, rounds, equal}} of cases: sides take turns, cases too."""
+    """Yield (name, {sides, ratios, rounds, equal}) of a case once more timed: sides take turns, cases too."""
     from common import say
     rounds = {name: {side: [] for side in jobs} for name, jobs in cases.items()}
     equal = {}
@@ -566,7 +565,7 @@ def measure(cases, args):
                            for side, job in jobs.items()}
                 equal[name] = same_work(name, jobs, checked)
                 say(f"{name}: equal work: {json.dumps(equal[name])}")
-    return {name: figures(found) | {"equal": equal.get(name)} for name, found in rounds.items()}
+            yield name, figures(rounds[name]) | {"equal": equal.get(name)}
 
 
 def figures(rounds):
@@ -646,8 +645,9 @@ def main(argv=None):
             args.encoder = f"{folder}/encoder"
             make_encoder(args.encoder, [text for some in args.texts.values() for text in some])
         for subject in args.subjects:
-            part["cases"] |= measure(prepared(subject, Path(folder, subject), args), args)
-            args.out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+            for name, case in measure(prepared(subject, Path(folder, subject), args), args):
+                part["cases"][name] = case
+                args.out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     args.out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     print(table(found))
 

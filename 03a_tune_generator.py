@@ -235,8 +235,10 @@ def make_trainer(args, model, tokenizer, train_set, dev_set, checkpoints):
         disable_tqdm=not sys.stderr.isatty())
     set_seed(args.seed)  # the adapter's first weights
     lora = LoraConfig("CAUSAL_LM", r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear")
+    tuned = get_peft_model(model, lora)
+    lora.target_modules = sorted(lora.target_modules)  # a set has another order in each file
     collator = DataCollatorForSeq2Seq(tokenizer)  # pads labels, too
-    return Trainer(get_peft_model(model, lora), settings, collator, train_set, dev_set)
+    return Trainer(tuned, settings, collator, train_set, dev_set)
 
 
 def tune(args, output):

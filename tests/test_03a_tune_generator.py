@@ -152,8 +152,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(top):
     done = tune(top, "again")
     assert done.returncode == 0 and "going on from" in done.stderr and "checkpoint-99" not in done.stderr
     assert not checkpoints.exists()
-    name = "adapter_model.safetensors"
-    assert (top / "again" / name).read_bytes() == (top / "adapter" / name).read_bytes()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (top / "again" / name).read_bytes() == (top / "adapter" / name).read_bytes()
 
 
 def test_flags_change_the_weights(top, capsys):

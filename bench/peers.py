@@ -592,8 +592,10 @@ def table(result):
             for (side, _), of_side in zip(others, cells[1:]):
                 ratio = [f"**{case['ratios'][side][key]:.2f}**" for key in ("cpu_s", "wall_s", "peak_mb")]
                 rows.append([f"{name}: {first}", *cells[0], side, *of_side, *ratio])
-        run = ", ".join(f"{name} {value}" for name, value in part["run"].items() if value)
-        parts += [f"**{where}**: {run}", *([markdown(header, rows)] if rows else [])]
+        n_rounds = {len(of_side) for case in part["cases"].values() for of_side in case["rounds"].values()}
+        run = part["run"] | {"rounds": " to ".join(map(str, sorted(n_rounds)))}
+        told = ", ".join(f"{name} {value}" for name, value in run.items() if value)
+        parts += [f"**{where}**: {told}", *([markdown(header, rows)] if rows else [])]
     return "\n\n".join(parts)
 
 
@@ -635,7 +637,7 @@ def main(argv=None):
     found = json.loads(args.out.read_text("utf-8")) if args.out.is_file() else {}
     model = short_name(args.encoder) if args.encoder else "6 layers x 384, random weights"
     part = found.setdefault(f"{model}, {args.device}", {"cases": {}})
-    part["run"] = results.made_by("") | {"rounds": args.rounds} | {name: version(name) for name in LIBRARIES}
+    part["run"] = results.made_by("") | {name: version(name) for name in LIBRARIES}
     if args.device == "cuda" and not on_cuda():
         part["run"] = {"not run": "no GPU was at hand"}
         args.subjects = []

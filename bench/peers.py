@@ -142,7 +142,7 @@ def train_flags(job):
 
 
 def train_ours(job):
-    chunks = ["--chunk-tokens", str(16 * job["max_len"])] if job["cached"] else []  # its own: of 32 texts
+    chunks = ["--chunk-tokens", str(16 * job["max_len"])] if job["cached"] else []  # the peer's: 32 texts
     stage(job, "05_train").main(
         [*train_flags(job), "--max-steps", str(job["steps"] + 1), "--temperature", str(TEMPERATURE),
          "--device", job["device"], "--dtype", job["dtype"], "--query-max-len", str(job["max_len"]),

@@ -221,7 +221,7 @@ def steers(text):
 def ends(command, flags, capsys):
     """(exit status, what stands on stderr) of a command with more flags, in this process."""
     capsys.readouterr()
-    gc.disable()  # what earlier tests left may not be closed at the bottom of a recursion: that is told on stderr
+    gc.disable()  # else garbage of earlier tests may be closed deep in a recursion, which tells it on stderr
     try:
         with pytest.raises(SystemExit) as ended:
             common.run(lambda: main(command, [*COMMANDS[command].split(), *flags]))

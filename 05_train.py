@@ -26,7 +26,7 @@ import numpy as np
 from common import (DataError, Output, Parser, atomic, atomic_folder, dump, normalise, numbered_queries,
                     parse_query, positive_float, positive_int, progress, read_lines, run, say, share,
                     text_key, whole)
-from encoder import encoder_flags, from_flags, keep_blocks, model_digests, usable
+from encoder import encoder_flags, faster, from_flags, keep_blocks, model_digests, usable
 from search import gather, world
 
 DEV_QUERIES = 100  # held-out queries a language that validation reads, whose passages they search
@@ -464,13 +464,14 @@ def main(argv=None):
     import torch  # not for the batches alone
     if WORLD > 1:
         torch.distributed.init_process_group()  # gloo for CPUs, nccl for GPUs; waits for all
-    encoder = from_flags(args.encoder, args, trains=True)
+    encoder = from_flags(args.encoder, args)
     encoder.similarity = "cosine"  # as the loss wants it, whatever the maker used
     args.temperature = args.temperature or encoder.default_temperature
     if args.gradient_checkpointing:
         encoder.model.gradient_checkpointing_enable()
     keep_blocks(1 << 30)
-    state = train(args, encoder, queries, dev_queries, folder, output.key(output.meta))
+    with faster(encoder.device == "cpu"):
+        state = train(args, encoder, queries, dev_queries, folder, output.key(output.meta))
     if RANK > 0:
         return
     encoder.report_cut()

@@ -55,8 +55,8 @@ def flags_given(args):
     return {name: getattr(args, name) for name in names}
 
 
-def from_flags(name, args, trains=False):
-    return Encoder(name, **flags_given(args), trains=trains)
+def from_flags(name, args):
+    return Encoder(name, **flags_given(args))
 
 
 def keep_blocks(size):
@@ -72,6 +72,40 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+
+
+def faster(on_cpu):
+    """A context in which a CPU computes fp32 products and dropout faster, forward and backward; else empty.
+
+    torch gives fp32 products to MKL, which is half as fast as oneDNN on AMD, and draws dropout's numbers
+    one after the other. Values are equal to rounding; a mask takes 16 random bits an element.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    if not on_cpu or not torch.backends.mkldnn.is_available():
+        return contextlib.nullcontext()
+    aten = torch.ops.aten
+
+    def product(a, b, bias=None):
+        """(N, M) = (N, K) @ (K, M) + (M,)"""
+        return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+
+    def draw(x, p=0.5):
+        """x filled in place with 1, by chance p, else 0."""
+        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2**63, None).view(torch.int16)
+        return x.copy_((bits[:x.numel()] < p * 2**16 - 2**15).view(x.shape))
+
+    class Faster(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if kwargs:  # scales, a generator
+                return op(*args, **kwargs)
+            if op is aten.mm.default and args[0].dtype == torch.float32:
+                return product(*args)
+            if op is aten.addmm.default and args[0].dtype == torch.float32 and args[0].dim() == 1:
+                return product(args[1], args[2], args[0])
+            return draw(*args) if op is aten.bernoulli_.float else op(*args)
+
+    return Faster()
 
 
 def model_folder(name):
@@ -212,12 +246,10 @@ class Encoder:
 
     The model is loaded when it must encode. dtype bf16 is autocast over fp32 weights, for encoding and for
     training. Where similarity, which may be set, is "cosine" and not "dot", vectors are of unit length: their
-    inner products are the model's similarity. What trains or saves it says so.
+    inner products are the model's similarity.
     """
 
-    def __init__(self, name, device="auto", query_max_len=64, passage_max_len=256, settings=(), dtype=None,
-                 trains=False):
-        self.trains = trains
+    def __init__(self, name, device="auto", query_max_len=64, passage_max_len=256, settings=(), dtype=None):
         self.name = short_name(name)
         self.folder = model_folder(name)
         self.device = pick_device(device)
@@ -247,8 +279,6 @@ class Encoder:
         """The SentenceTransformer, with what --settings and MAKERS change of its modules."""
         from sentence_transformers.base.modules import Normalize
         from sentence_transformers.sentence_transformer.modules import Pooling
-        from torch.backends import mkldnn
-        from torch.utils.mkldnn import to_mkldnn
         model = load_model(self.folder, self.device)
         if self.given.get("normalise") == "no" and isinstance(model[-1], Normalize):
             del model[-1]
@@ -258,8 +288,6 @@ class Encoder:
                                 "supported; take another model")
             if isinstance(module, Pooling) and self.pooling:
                 module.pooling_mode = self.pooling
-        if self.device == "cpu" and self.dtype == "fp32" and not self.trains and mkldnn.is_available():
-            to_mkldnn(model[0].model)  # oneDNN's products: 1.5 times MKL's speed on AMD
         return model
 
     @cached_property
@@ -339,8 +367,8 @@ class Encoder:
             size = max(1, budget // max(1, len(token_ids[order[0]])))
             rows = order[:size]
             order = order[size:]
-            if np.isnan(vectors[rows]).any():
-                with torch.inference_mode():
+            if np.isnan(vectors[rows]).any():  # no inference_mode: it hides the products from faster
+                with torch.no_grad(), faster(self.device == "cpu" and self.dtype == "fp32"):
                     vectors[rows] = self.forward([token_ids[row] for row in rows], kind).cpu().numpy()
             for row in rows[~np.isfinite(vectors[rows]).all(1)]:
                 raise DataError(f"{self.name}: the vector of {texts[row][:60]!r} is not finite (NaN or "

@@ -167,7 +167,7 @@ def measure_encoder(folder, lengths):
     from encoder import Encoder
 
     make_xlmr(folder, LAYERS, WIDTH)
-    encoder = Encoder(str(folder), "cpu", trains=True)
+    encoder = Encoder(str(folder), "cpu")
     texts = [" ".join(["w1"] * (n - 2)) for n in np.random.default_rng(13).choice(lengths, 24)]
     encoder.encode(texts[:1], "passage")  # loads the model
     n_encoded = sum(map(len, encoder.tokenize(texts, "passage")))

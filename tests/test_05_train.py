@@ -326,13 +326,20 @@ def test_two_processes_that_share_each_batch_train_as_one(one_process, two_proce
         assert ours.get("grad_norm", 0) == pytest.approx(theirs.get("grad_norm", 0), rel=1e-3)
 
 
+def test_a_cpu_trains_with_the_faster_products_and_dropout(made):
+    with torch.profiler.profile() as profile:
+        stage.main(arguments(made, "profiled", "--max-steps", 1, "--dev-share", 0, encoder="dropout"))
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["mkldnn::_linear_pointwise"] > 20 and calls["aten::random_"] == calls["aten::bernoulli_"] > 0
+
+
 def test_cached_gradients_give_the_same_weights(one_process):
     stage.main(arguments(one_process, "cached", "--batch-size", 8, "--chunk-tokens", 60))
     assert difference(weights_of(one_process, "cached"), weights_of(one_process, "one")) < 5e-5
 
 
 def test_cached_gradients_repeat_the_dropout_of_each_chunk(made):
-    encoder = Encoder(str(made / "dropout"), "cpu", trains=True)
+    encoder = Encoder(str(made / "dropout"), "cpu")
     encoder.model.train()
     texts = [" ".join(text.split()[:n]) for text in TEXTS.values() for n in (2, 5, 9)]
     gradients = []

@@ -546,7 +546,7 @@ def test_encoding_counts_on_the_bar_it_is_given_and_does_nothing_twice(tmp_path)
 
 @pytest.mark.parametrize("name", ["multilingual-e5-small", "mdpr", "other"])
 def test_a_saved_model_gives_everybody_the_same_vectors(tmp_path, name):
-    ours = Encoder(random_bert(tmp_path / name, WORDS), "cpu", 10, 20, trains=True)
+    ours = Encoder(random_bert(tmp_path / name, WORDS), "cpu", 10, 20)
     ours.similarity = "cosine"
     vectors = ours.encode(texts(10), "passage")
     ours.save(tmp_path / "saved")
@@ -564,7 +564,7 @@ def test_a_saved_model_gives_everybody_the_same_vectors(tmp_path, name):
 
 def test_nothing_is_assumed_of_a_folder_that_we_saved(tmp_path, capsys):
     folder = random_bert(tmp_path / "other", WORDS)
-    Encoder(folder, "cpu", settings=["query_prefix=", "title_join= "], trains=True).save(
+    Encoder(folder, "cpu", settings=["query_prefix=", "title_join= "]).save(
         tmp_path / "my-multilingual-e5-small"
     )
     capsys.readouterr()
@@ -578,7 +578,7 @@ def test_nothing_is_assumed_of_a_folder_that_we_saved(tmp_path, capsys):
 
 def test_a_dense_layer_and_its_prompts_survive_saving(tmp_path):
     folder = sentence_transformer(tmp_path / "model", WORDS, dense=16, normalise=False, prompts=PROMPTS)
-    ours = Encoder(folder, "cpu", 512, 512, trains=True)
+    ours = Encoder(folder, "cpu", 512, 512)
     ours.save(tmp_path / "saved")
     assert [type(module).__name__ for module in ours.model] == [
         "Transformer",
@@ -606,3 +606,43 @@ def test_a_model_changed_in_place_is_another_one(tmp_path, change):
     before = encoder.model_digests([str(folder), "bm25", None])
     (folder / change).write_text('{"a": 1}')
     assert before.keys() == {"model"} and encoder.model_digests([str(folder)]) != before
+
+
+def test_products_and_dropout_of_a_cpu_are_the_faster_ones_with_the_same_values():
+    """Forward and backward, for a loss of two layers, one without a bias, and dropout between them."""
+    torch.manual_seed(1)
+    layers = torch.nn.Sequential(torch.nn.Linear(24, 48), torch.nn.GELU(), torch.nn.Linear(48, 8, bias=False))
+    x = torch.randn(3, 5, 24)
+
+    def gradients():
+        layers.zero_grad()
+        layers(x).square().sum().backward()
+        return [parameter.grad.clone() for parameter in layers.parameters()]
+
+    wanted = gradients()
+    with torch.profiler.profile() as profile, encoder.faster(True):
+        found = gradients()
+        torch.nn.functional.dropout(x, 0.1, training=True)
+    for a, b in zip(wanted, found, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["mkldnn::_linear_pointwise"] == 5  # two forward, three backward: x needs no gradient
+    assert calls["aten::random_"] == 1
+    with encoder.faster(False):
+        assert "Faster" not in str(torch.utils._python_dispatch._get_current_dispatch_mode())
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9])
+def test_dropout_drops_its_share_and_repeats_with_its_seed(p):
+    x = torch.ones(7, 999, 143)
+
+    def draw(seed):
+        torch.manual_seed(seed)
+        with encoder.faster(True):
+            return torch.nn.functional.dropout(x, p, training=True)
+
+    first = draw(1)
+    assert abs((first == 0).float().mean() - p) < 3e-3
+    assert torch.allclose(first[first != 0], torch.tensor(1 / (1 - p)))
+    assert torch.equal(first, draw(1)) and (p == 0 or not torch.equal(first, draw(2)))
+    assert (first.mean((0, 1)) - 1).abs().max() < 6 * (p / (1 - p) / 6993) ** 0.5 + 1e-6  # in each column

@@ -270,7 +270,7 @@ def test_the_trained_model_gives_the_same_vectors_in_sentence_transformers(made)
 
     from encoder import Encoder
 
-    encoder = Encoder(str(made / "run/model"), "cpu", trains=True)
+    encoder = Encoder(str(made / "run/model"), "cpu")
     encoder.prefix, encoder.pooling = {"query": "query: ", "passage": "passage: "}, "cls"
     encoder.save(made / "prefixed")
     texts = [r["query"] for r in read(made / "data/train.jsonl")]

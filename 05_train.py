@@ -469,6 +469,8 @@ def main(argv=None):
     args.temperature = args.temperature or encoder.default_temperature
     if args.gradient_checkpointing:
         encoder.model.gradient_checkpointing_enable()
+    if encoder.device == "cpu":  # torch's own attention computes in fp32 where there is dropout
+        encoder.model[0].model.set_attn_implementation("eager")
     keep_blocks(1 << 30)
     with faster(encoder.device == "cpu"):
         state = train(args, encoder, queries, dev_queries, folder, output.key(output.meta))

@@ -13,6 +13,7 @@ Cost    vectors are cached by model, settings and shard: another depth, strategy
 """
 import tempfile
 from collections import Counter, defaultdict
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import numpy as np
 from common import (DataError, Output, Parser, batched, corpus_files, dump, fetch_passages, finite,
                     normalise, passage_text, positive_int, read_queries, run, say, text_key, whole)
 from encoder import model_digests
-from search import ensemble_flags, from_flags, world
+from search import candidate, ensemble_flags, from_flags, world
 
 EXTRA = 24       # passages asked for beyond --depth at first, to stand in for those that are not allowed
 PAIRS = 50_000  # of query and passage that a search holds at a time; bounds memory, does not change results
@@ -91,7 +92,7 @@ def answers(records):
     return found
 
 
-def allowed(question, positives, hits, passages, texts, depth, args):
+def allowed(question, positives, hits, ranks, passages, texts, depth, args):
     """(candidates, left out): the first `depth` hits that may be candidates, {why: n} of others above them.
 
     passages and texts (their text_key) are by row. A positive is known by docid or text. A document may be
@@ -101,12 +102,11 @@ def allowed(question, positives, hits, passages, texts, depth, args):
     known = {text_key(passage) for passage in positives}
     articles = {article(docid, args) for docid in docids} if args.exclude_same_article else set()
     candidates, left_out, taken = [], Counter(), set()
-    for hit in hits:
-        passage = passages[hit["row"]]
-        text = texts[hit["row"]]
-        if hit["docid"] in docids or text in known:
+    for docid, row, score in hits:
+        passage, text = passages[row], texts[row]
+        if docid in docids or text in known:
             continue
-        if article(hit["docid"], args) in articles:
+        if article(docid, args) in articles:
             left_out["left out, of a positive's article"] += 1
         elif question.endswith(text) and question in (text, normalise(passage_text(passage))):
             left_out["left out, the query itself"] += 1
@@ -114,21 +114,21 @@ def allowed(question, positives, hits, passages, texts, depth, args):
             left_out["left out, duplicates of a candidate's text"] += 1
         else:
             taken.add(text)
-            candidates.append(passage | {"score": hit["score"], "ranks": hit["ranks"]})
+            candidates.append(candidate(passage, score, ranks))
         if len(candidates) == depth:
             break
     return candidates, left_out
 
 
 def mine(ensemble, lang, records, depth, args):
-    """(rankings, mined): each retriever's own lists, and what is allowed of each record, `depth` candidates.
+    """(ranks, mined) of each record: what each retriever found, and `depth` candidates of what is allowed.
 
     Looks deeper for the records whose list is not full yet.
     """
     below = ceilings(ensemble, records, args)
     questions = [normalise(record["query"]) for record in records]
     positives = answers(records)
-    rankings = {name: [] for name in ensemble.names}
+    ranks = []
     mined = {}
     pending = range(len(records))
     asked = depth + EXTRA
@@ -137,22 +137,22 @@ def mine(ensemble, lang, records, depth, args):
         fetched = max(depth + EXTRA, asked // 4)  # of the hits below the ceiling
         for group in batched(pending, max(1, PAIRS // asked)):
             found, ranked = ensemble.search(lang, [records[i]["query"] for i in group], asked)
-            low = [[hit for hit in hits if hit["score"] < below[i]][:fetched]
-                   for i, hits in zip(group, found)]
-            passages = fetch_passages(args.data, lang, {hit["row"] for hits in low for hit in hits})
+            low = [[hit for hit in hits if hit[2] < below[i]][:fetched] for i, hits in zip(group, found)]
+            passages = fetch_passages(args.data, lang, {row for hits in low for _, row, _ in hits})
             texts = {row: text_key(passage) for row, passage in passages.items()}
-            for i, hits, everything in zip(group, low, found):
-                mined[i] = allowed(questions[i], positives[questions[i]], hits, passages, texts, depth, args)
+            for i, hits, of_query, everything in zip(group, low, ranked, found):
+                mined[i] = allowed(questions[i], positives[questions[i]], hits, of_query, passages, texts,
+                                   depth, args)
                 if len(mined[i][0]) < depth and (len(everything) == asked or len(hits) == fetched):
                     short.append(i)
             if asked == depth + EXTRA:
-                rankings = {name: rankings[name] + ranked[name] for name in rankings}
+                ranks += ranked
         pending = short
         asked *= 4
-    return rankings, [mined[i] for i in range(len(records))]
+    return ranks, [mined[i] for i in range(len(records))]
 
 
-def summarise(records, rankings, mined, depth):
+def summarise(records, ranks, mined, depth):
     """What to look at before paying for the judge: how alike the retrievers are, and what they find again."""
     positives = [{p["docid"] for p in r["positive_passages"]} for r in records]
     human = [{p["docid"] for p in r.get("negative_passages", []) if p.get("source") == "human"}
@@ -161,18 +161,19 @@ def summarise(records, rankings, mined, depth):
     n_repeated = len(records) - len(answers(records))
     if n_repeated:
         row["queries that ask the same as another (their positives are shared)"] = n_repeated
-    for name, ranking in rankings.items():
-        ranks = [found.index(docid) + 1 for found, wanted in zip(ranking, positives)
-                 for docid in wanted if docid in found]
-        n_found = sum(rank <= depth for rank in ranks)
+    tops = []
+    for name in ranks[0]:
+        found = [of_query[name][docid] for of_query, wanted in zip(ranks, positives)
+                 for docid in wanted if docid in of_query[name]]
+        n_found = sum(rank <= depth for rank in found)
         row[f"{name} recall@{depth} of positives"] = round(n_found / sum(map(len, positives)), 3)
-        row[f"{name} mean rank of positives found"] = round(sum(ranks) / len(ranks), 1) if ranks else None
+        row[f"{name} mean rank of positives found"] = round(sum(found) / len(found), 1) if found else None
+        tops.append([set(islice(of_query[name], depth)) for of_query in ranks])
         if any(human):
-            n_found = sum(len(wanted & set(found[:depth])) for found, wanted in zip(ranking, human))
+            n_found = sum(len(wanted & top) for top, wanted in zip(tops[-1], human))
             row[f"{name} recall@{depth} of judged negatives"] = round(n_found / sum(map(len, human)), 3)
-    if len(rankings) > 1:
-        tops = [[set(found[:depth]) for found in of_query] for of_query in zip(*rankings.values())]
-        shares = [len(set.intersection(*sets)) / max(1, len(set.union(*sets))) for sets in tops]
+    if len(tops) > 1:
+        shares = [len(set.intersection(*sets)) / max(1, len(set.union(*sets))) for sets in zip(*tops)]
         row["overlap"] = round(sum(shares) / len(shares), 3)
     return row
 
@@ -207,12 +208,12 @@ def main(argv=None):
     table = {}
     n_fewer = 0
     for lang, of_lang in sorted(by_lang.items()):
-        rankings, found = mine(ensemble, lang, of_lang, args.depth + skip, args)
+        ranks, found = mine(ensemble, lang, of_lang, args.depth + skip, args)
         mined = [candidates[skip:] for candidates, _ in found]
         lines[lang] = tempfile.TemporaryFile("w+", encoding="utf-8")  # memory holds one language's
         lines[lang].writelines(dump(with_passages(*pair, args.strategy)) for pair in zip(of_lang, mined))
         lines[lang].seek(0)
-        table[lang] = summarise(of_lang, rankings, mined, args.depth)
+        table[lang] = summarise(of_lang, ranks, mined, args.depth)
         table[lang] |= sum((left_out for _, left_out in found), Counter())
         n_fewer += sum(len(passages) < args.depth for passages in mined)
         if world()[0] == 0:

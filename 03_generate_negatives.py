@@ -254,11 +254,12 @@ class Generation:
         new_queries = await self.each(queries, self.new_query)
         asked = [new for new in new_queries if new]
         depth = 2 * self.args.target + max(len(query.known) for query in queries)  # they may fill the top
-        hits = dict(zip(asked, self.ensemble.search(self.lang, asked, depth)[0])) if asked else {}  # by query
-        rows = {hit["row"] for of_query in hits.values() for hit in of_query}
+        found = zip(*self.ensemble.search(self.lang, asked, depth)) if asked else []
+        found = dict(zip(asked, found))
+        rows = {row for hits, _ in found.values() for _, row, _ in hits}
         passages = fetch_passages(self.args.data, self.lang, rows)
-        return [[passages[hit["row"]] | {"score": hit["score"], "ranks": hit["ranks"]}
-                 for hit in hits.get(new, [])] for new in new_queries]
+        return [[search.candidate(passages[row], score, ranks) for _, row, score in hits]
+                for hits, ranks in (found.get(new, ([], {})) for new in new_queries)]
 
     async def new_query(self, query):
         """Summarise a positive, write a new query from the summary; None where a guard objects."""

@@ -216,14 +216,15 @@ class Ensemble:
         return scores.astype(np.float64).round(6)
 
     def search(self, lang, queries, depth):
-        """(hits, rankings): each query's best passages, and {retriever: [docid] of its own top 2 x depth}.
+        """(hits, ranks) of each query: [(docid, row, score)] of the best passages, at most depth, best first;
 
-        hits are lists of at most depth {docid, row, score, ranks}, best first; ranks has the passage's rank
-        by each retriever that has it in its own top 2 x depth.
+        and {retriever: {docid: rank}} of what that one found, which is 2 x depth where there are several.
         """
-        lists = self.rank(lang, queries, 2 * depth)
-        hits = [self.fuse(dict(zip(lists, found)), depth) for found in zip(*lists.values())]
-        return hits, {name: [[hit[0] for hit in found] for found in lists[name]] for name in self.names}
+        lists = self.rank(lang, queries, 2 * depth if len(self.names) > 1 else depth)
+        hits = [self.fuse(dict(zip(lists, found)))[:depth] for found in zip(*lists.values())]
+        ranks = [{name: {docid: rank for rank, (docid, _, _) in enumerate(lists[name][q], 1)}
+                  for name in self.names} for q in range(len(queries))]
+        return hits, ranks
 
     def rank(self, lang, queries, k):
         """{retriever: [(docid, row, score)] of a query}, the top k; under CONCAT the concatenation's."""
@@ -256,21 +257,22 @@ class Ensemble:
             found[name] = [[(docid.decode(), row, score) for score, docid, row in zip(*of)] for of in columns]
         return found
 
-    def fuse(self, lists, depth):
-        """The first `depth` hits of one query, of {retriever: [(docid, row, score)]}."""
-        ranks = {name: {row: rank for rank, (_, row, _) in enumerate(lists[name], 1)} for name in self.names}
-        fused = lists[CONCAT if self.concat else self.names[0]]
-        if len(self.names) > 1 and not self.concat:  # reciprocal rank fusion
-            docids = {row: docid for found in lists.values() for docid, row, _ in found}
-            scores = dict.fromkeys(docids, 0)
-            for name, of_retriever in ranks.items():
-                for row, rank in of_retriever.items():
-                    scores[row] += self.weights[name] / (RRF_K + rank)
-            fused = [(docids[row], row, round(score, 6)) for row, score in scores.items()]
-            fused.sort(key=lambda hit: (-hit[2], hit[0].encode()))
-        return [{"docid": docid, "row": row, "score": score,
-                 "ranks": {name: of[row] for name, of in ranks.items() if row in of}}
-                for docid, row, score in fused[:depth]]
+    def fuse(self, lists):
+        """The hits of one query, best first, of {retriever: [(docid, row, score)]}."""
+        if self.concat or len(self.names) == 1:
+            return lists[CONCAT if self.concat else self.names[0]]
+        scores = Counter()  # reciprocal rank fusion
+        for name, found in lists.items():
+            for rank, (docid, row, _) in enumerate(found, 1):
+                scores[docid, row] += self.weights[name] / (RRF_K + rank)
+        fused = [(docid, row, round(score, 6)) for (docid, row), score in scores.items()]
+        return sorted(fused, key=lambda hit: (-hit[2], hit[0].encode()))
+
+
+def candidate(passage, score, ranks):
+    """The passage with its score, and its rank by each retriever that found it."""
+    docid = passage["docid"]
+    return passage | {"score": score, "ranks": {name: of[docid] for name, of in ranks.items() if docid in of}}
 
 
 # --------------------------------------------------------------------------- BM25

@@ -752,7 +752,9 @@ def test_search_is_brute_force_in_float64(collection, tmp_path, names, fusion, w
     }
     own = {name: ranked(q @ p.T, docids) for name, (q, p) in vectors.items()}
     depth = 12
-    hits, rankings = ensemble.search("en", queries, depth)
+    hits, ranks = ensemble.search("en", queries, depth)
+    rankings = {name: [list(of_query[name]) for of_query in ranks] for name in names}
+    assert all(list(of.values()) == list(range(1, len(of) + 1)) for of in ranks[0].values())
     if len(names) == 1:
         expected = own[names[0]]
     elif fusion == "concat":
@@ -769,17 +771,13 @@ def test_search_is_brute_force_in_float64(collection, tmp_path, names, fusion, w
                 for rank, docid in enumerate(rankings[name][q], 1):
                     scores[q, docids.index(docid)] += weight / (60 + rank)
         expected = ranked(scores, docids)
+    looked_for = 2 * depth if len(names) > 1 else depth
     for q, of_query in enumerate(hits):
-        assert_alike([(hit["score"], hit["docid"]) for hit in of_query], expected[q], depth)
+        assert_alike([(score, docid) for docid, _, score in of_query], expected[q], depth)
         for name in names:
             scores = {docid: score for score, docid in own[name][q]}
-            assert_alike([(scores[docid], docid) for docid in rankings[name][q]], own[name][q], 2 * depth)
-        assert all(docids[hit["row"]] == hit["docid"] for hit in of_query)
-        assert all(
-            rankings[name][q][rank - 1] == hit["docid"]
-            for hit in of_query
-            for name, rank in hit["ranks"].items()
-        )
+            assert_alike([(scores[docid], docid) for docid in rankings[name][q]], own[name][q], looked_for)
+        assert all(docids[row] == docid for docid, row, _ in of_query)
 
 
 def assert_alike(found, expected, depth):

@@ -31,8 +31,8 @@ OTHERS = {"pooling": "mean", "similarity": "cosine", "query_prefix": "", "passag
           "title_join": "\n"}
 SETTINGS = {"pooling": "mean|cls|lasttoken", "normalise": "yes|no", "title_join": ".*", "query_prefix": ".*",
             "passage_prefix": ".*", "query_max_len": "[1-9][0-9]{,5}", "passage_max_len": "[1-9][0-9]{,5}"}
-# Tokens of a batch, padding included. On two cores 4,096 took 8% (6 layers x 384) and 18% (12 layers) more CPU
-# time than 2,048, and up to 500 MB more
+# Tokens of a batch, padding included. On two cores 4,096 took 8% (6 layers x 384) and 18% (12 layers) more
+# CPU time than 2,048, and up to 500 MB more
 CPU_TOKENS, GPU_TOKENS = 2_048, 65_536
 
 
@@ -88,6 +88,8 @@ def faster(on_cpu):
 
     def product(a, b, bias=None):
         """(N, M) = (N, K) @ (K, M) + (M,)"""
+        if not a.is_contiguous() and len(a) > b.shape[1]:  # a weight's gradient: faster this way
+            return torch.ops.mkldnn._linear_pointwise(b.t(), a, None, "none", [], "").t()
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
 
     def draw(x, p=0.5):

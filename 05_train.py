@@ -376,9 +376,8 @@ def train(args, encoder, queries, dev_queries, folder, run_key):
         weight = np.array([weight_of(query) for query in batch], np.float32)
         target, masked, weight = (torch.from_numpy(a).to(encoder.device) for a in (target, masked, weight))
         model.train()
-        texts = [encoder.passage_text(passage) for passage in passages]
         query = Embedding(encoder, [record["query"] for record in records], "query", step, args)
-        passage = Embedding(encoder, texts, "passage", step, args)
+        passage = Embedding(encoder, list(map(encoder.passage_text, passages)), "passage", step, args)
         loss, seen = contrastive_loss(query.vectors, passage.vectors, target, masked, weight, args)
         loss.backward()
         query.backward()

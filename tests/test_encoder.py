@@ -609,7 +609,7 @@ def test_a_model_changed_in_place_is_another_one(tmp_path, change):
 
 
 def test_products_and_dropout_of_a_cpu_are_the_faster_ones_with_the_same_values():
-    """Forward and backward, for a loss of two layers, one without a bias, and dropout between them."""
+    """Forward and backward through two layers, one without a bias; and dropout, of any strides."""
     torch.manual_seed(1)
     layers = torch.nn.Sequential(torch.nn.Linear(24, 48), torch.nn.GELU(), torch.nn.Linear(48, 8, bias=False))
     x = torch.randn(3, 5, 24)
@@ -622,7 +622,7 @@ def test_products_and_dropout_of_a_cpu_are_the_faster_ones_with_the_same_values(
     wanted = gradients()
     with torch.profiler.profile() as profile, encoder.faster(True):
         found = gradients()
-        torch.nn.functional.dropout(x.transpose(0, 2), 0.1, training=True)  # of any strides
+        torch.nn.functional.dropout(x.transpose(0, 2), 0.1, training=True)
     for a, b in zip(wanted, found, strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
     calls = {event.key: event.count for event in profile.key_averages()}

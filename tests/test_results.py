@@ -66,7 +66,8 @@ def test_the_main_table_of_ablations_alone_has_their_untrained_rows(tmp_path, mo
     rows = [same | {"name": "before training", "group": "not trained", "to_before": None, "to_naive": None},
             same | {"name": "full method", "group": "step by step", "to_before": test, "to_naive": None},
             same | {"name": "another", "group": "Table 2", "to_before": test, "to_naive": test}]  # fmt: skip
-    further = {"sample": {"queries": 5, "rows": {"full method": {"ndcg@10": 70.0, "sd": 2.0, "to_naive": test}}}}
+    of_sample = {"full method": {"ndcg@10": 70.0, "sd": 2.0, "to_naive": test}}
+    further = {"sample": {"queries": 5, "rows": of_sample}}
     results.save("real", {"langs": ["sw"], "queries": 7, "ablations": rows, "further": further})
     assert results.table("main", "real").splitlines() == [
         "| nDCG@10 | avg | R@100 | to before | sw | sample | to naive |",

@@ -24,7 +24,7 @@ from encoder import model_digests
 from search import candidate, ensemble_flags, from_flags, world
 
 EXTRA = 24       # passages asked for beyond --depth at first, to stand in for those that are not allowed
-PAIRS = 50_000  # of query and passage that a search holds at a time; bounds memory, does not change results
+PAIRS = 100_000  # of query and passage that a search holds at a time; bounds memory, does not change results
 # Table 2, with the paper's best settings as defaults; margin and percent look at the lowest-scored positive
 BASELINES = {"topk": "the top k as they are", "shifted": "the top k after skipping --shift",
              "abs": "the best that score under --max-score",
@@ -106,7 +106,7 @@ def allowed(question, positives, hits, ranks, passages, texts, depth, args):
         passage, text = passages[row], texts[row]
         if docid in docids or text in known:
             continue
-        if article(docid, args) in articles:
+        if articles and article(docid, args) in articles:
             left_out["left out, of a positive's article"] += 1
         elif question.endswith(text) and question in (text, normalise(passage_text(passage))):
             left_out["left out, the query itself"] += 1
@@ -125,6 +125,7 @@ def mine(ensemble, lang, records, depth, args):
 
     Looks deeper for the records whose list is not full yet.
     """
+    ensemble.ask([record["query"] for record in records])
     below = ceilings(ensemble, records, args)
     questions = [normalise(record["query"]) for record in records]
     positives = answers(records)
@@ -218,12 +219,14 @@ def main(argv=None):
         n_fewer += sum(len(passages) < args.depth for passages in mined)
         if world()[0] == 0:
             say(f"{lang}: " + ", ".join(f"{key} {value}" for key, value in table[lang].items()))
-    cut = ensemble.count_cut(by_lang, [record["query"] for record in records])
     if world()[0] == 0:
+        queries = {lang: [record["query"] for record in of_lang] for lang, of_lang in by_lang.items()}
+        encodings = ensemble.encodings(queries)
         for encoder in ensemble.encoders.values():
             encoder.report_cut()
-            output.meta.setdefault("encoders", {})[encoder.name] = encoder.settings()
-        output.meta |= {"cut": cut, "device": ensemble.device, "processes": world()[1]}
+        output.meta |= {"encoders": {name: settings for name, (settings, _) in encodings.items()},
+                        "cut": {name: cut for name, (_, cut) in encodings.items()},
+                        "device": ensemble.device, "processes": world()[1]}
         output.write_lines(next(lines[record["lang"]]) for record in records)
         output.finish(queries=len(records), candidates=sum(row["candidates"] for row in table.values()),
                       queries_with_fewer=n_fewer, by_lang=table)

@@ -1,6 +1,6 @@
 """Evaluate models and BM25: nDCG@10 and Recall@100 by language and on average, with significance (Sec. 4).
 
-Source  Sec. 4.1: MIRACL's metrics by trec_eval's own code (pytrec_eval) from the run files as they are;
+Source  Sec. 4.1: MIRACL's metrics by trec_eval's own code (pytrec_eval) of what the run files hold;
         significance at p < 0.05: not the paper's t-test over all queries, which counts a language by its
         queries, but a bootstrap of the average over languages, with Holm's correction over all tests
 Reads   DATA/qrels/<split>/<lang>.tsv, DATA/<split>.jsonl (query texts), DATA/corpus/<lang>.jsonl[.gz]
@@ -113,12 +113,14 @@ def run_lines(ranking, tag):
     by score (of six decimals, as a float32), ties by docid descending.
     """
     for query_id, hits in ranking.items():
+        ids = [query_id, *(docid for docid, _, _ in hits)]
+        if " ".join(ids).split() != ids:
+            broken = next(text for text in ids if text.split() != [text])
+            raise DataError(f"query {query_id!r}: white space in the id {broken!r} cannot be written as a "
+                            "TREC run; rename it in the source")
         scores = np.array([score for _, _, score in hits], np.float32).tolist()
         ranked = sorted(((read, docid, score) for read, (docid, _, score) in zip(scores, hits)), reverse=True)
         for rank, (_, docid, score) in enumerate(ranked, 1):
-            if docid.split() != [docid] or query_id.split() != [query_id]:
-                raise DataError(f"query {query_id!r}, passage {docid!r}: white space in an id cannot be "
-                                "written as a TREC run; rename it in the source")
             yield f"{query_id} Q0 {docid} {rank} {score:.6f} {tag}\n"
 
 
@@ -137,8 +139,8 @@ def without_itself(lang, queries, hits, args):
             for q, found in zip(queries, hits)]
 
 
-def make_runs(model, name, args, queries, inputs, digests):
-    """[meta] of a model's run files by language, made where they are missing; the model is loaded once.
+def make_runs(model, name, args, queries, qrels, inputs, digests):
+    """([meta], {lang: measures}) of a model's run files, made where they are missing; it is loaded once.
 
     A run hangs on what is in `own` and its inputs alone: it outlives other models, languages and baselines.
     """
@@ -149,27 +151,36 @@ def make_runs(model, name, args, queries, inputs, digests):
     models = model_digests([model, tokenizer])
     ensemble = None
     metas = []
+    values = {}
     for lang in inputs:
         output = Output(Namespace(**own, corpus=digests[lang]), inputs[lang], models,
                         run_path(args.out, name, lang))
-        if not output.is_done():
+        if output.is_done():
+            values[lang] = measure_run(qrels[lang], output.path)
+        else:
             ensemble = ensemble or Ensemble([model], args.data, args.cache, bm25_tokenizer=tokenizer,
                                             **reading)
             hits, = ensemble.rank(lang, list(queries[lang].values()), args.depth + 1).values()
             hits = without_itself(lang, queries[lang], hits, args)
-            for encoder, cut in ensemble.count_cut([lang], list(queries[lang].values())).items():
-                output.meta |= {"encoder": ensemble.encoders[encoder].settings(), "cut": cut}
+            for settings, cut in ensemble.encodings({lang: list(queries[lang].values())}).values():
+                output.meta |= {"encoder": settings, "cut": cut}
             ranking = dict(zip(queries[lang], hits))
             output.write_lines(run_lines(ranking, name.replace("/", "_")))
+            values[lang] = measure(qrels[lang], scores_of(ranking))
         metas.append(json.loads(output.meta_path.read_text("utf-8")))
-    return metas
+    return metas, values
 
 
-def measure(qrels, ranking):
+def scores_of(ranking):
+    """{query_id: {docid: score}} of {query_id: [(docid, row, score)]}: what its run file holds."""
+    return {query_id: {docid: score for docid, _, score in hits} for query_id, hits in ranking.items()}
+
+
+def measure(qrels, run):
     """{query_id: {measure: value}} of each query with a relevant passage; one without results counts 0."""
     import pytrec_eval
     evaluator = pytrec_eval.RelevanceEvaluator(qrels, set(MEASURES.values()))
-    values = evaluator.evaluate({query_id: hits for query_id, hits in ranking.items() if hits})
+    values = evaluator.evaluate({query_id: hits for query_id, hits in run.items() if hits})
     return {query_id: {name: values.get(query_id, {}).get(key, 0.0) for name, key in MEASURES.items()}
             for query_id in answerable(qrels)}
 
@@ -309,8 +320,7 @@ def main(argv=None):
     settings = describe(args, baselines, qrels)
     values = {}
     for model, name in names.items():
-        metas = make_runs(model, name, args, asked, inputs, digests)
-        values[name] = {lang: measure_run(qrels[lang], run_path(args.out, name, lang)) for lang in qrels}
+        metas, values[name] = make_runs(model, name, args, asked, qrels, inputs, digests)
         if model != "bm25":
             settings["encoders"][name] = metas[0]["encoder"]
             settings["cut"][name] = {k: sum(m["cut"][k] for m in metas) for k in ("query", "passage")}

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import gc
 import glob
 import gzip
 import hashlib
@@ -30,6 +31,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 # torch keeps code and buffers of 1,024 shapes: 0.6 GB that texts of every length fill, seldom used twice
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
+gc.set_threshold(50_000)  # records are trees: every 700 objects a search for cycles took a tenth of mining
 
 LANGUAGES = {"ar": "Arabic", "bn": "Bengali", "de": "German", "en": "English", "es": "Spanish",
              "fa": "Persian", "fi": "Finnish", "fr": "French", "hi": "Hindi", "id": "Indonesian",

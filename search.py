@@ -71,8 +71,14 @@ def gather(value):
 # --------------------------------------------------------------------------- exact search in one shard
 
 def best(parts, k):
-    """The k best of parts (scores, docids, rows), (N, m) each: by score, then by docid."""
-    scores, docids, rows = (np.concatenate(arrays, axis=1) for arrays in zip(*parts))
+    """The k best of parts (scores, docids, rows), (N, m) each: by score, then by docid, as each part is."""
+    if len(parts) == 1:
+        return parts[0]
+    return in_order(*(np.concatenate(arrays, axis=1) for arrays in zip(*parts)), k)
+
+
+def in_order(scores, docids, rows, k):
+    """The k best of (N, m) each: by score, then by docid."""
     order = np.lexsort((docids, -scores))[:, :k]
     return [np.take_along_axis(array, order, axis=1) for array in (scores, docids, rows)]
 
@@ -91,7 +97,7 @@ def nearest(queries, block, docids, k, n_found=None):
     scores = np.empty_like(found)
     pointers = [faiss.swig_ptr(array) for array in (scores, queries, block, rows)]
     faiss.fvec_inner_products_by_idx(*pointers, queries.shape[1], *rows.shape)
-    result = best([(scores.astype(np.float64).round(6), docids[rows], rows)], k)
+    result = in_order(scores.astype(np.float64).round(6), docids[rows], rows, k)
     tied = np.flatnonzero(found[:, -1] > found[:, k - 1] - TIE * max(1, np.abs(found).max()))
     if len(tied) and n_found < len(block):
         for array, more in zip(result, nearest(queries[tied], block, docids, k, 4 * n_found)):
@@ -120,7 +126,7 @@ class Ensemble:
         if len(set(self.names)) < len(names):
             raise DataError(f"--retrievers: two of {' '.join(names)} have the same name; rename a folder")
         self.data = data
-        self.asked = []  # the queries of the last search
+        self.asked = {}  # {query: its place in the file of vectors}
         self.cache = Path(cache)
         self.weights = dict(zip(self.names, weights or [1.0] * len(names)))
         dense = [name for name in names if name != "bm25"]
@@ -158,7 +164,7 @@ class Ensemble:
         return self.cache / "corpus" / f"{key}.npy"
 
     def vectors_file(self, name, key):
-        return self.cache / "embeddings" / self.encoders[name].fingerprint("passage") / f"passage-{key}.npy"
+        return self.encoders[name].vectors_folder("passage", self.cache) / f"passage-{key}.npy"
 
     def make_shard(self, key, path, lines, bar):
         """Check a shard's passages; write docids and vectors where they are missing."""
@@ -173,15 +179,21 @@ class Ensemble:
             texts = [self.encoders[name].passage_text(passage) for passage in passages]
             self.encoders[name].encode_file(self.vectors_file(name, key), texts, "passage", bar)
 
-    def count_cut(self, langs, queries):
-        """{retriever: {"query": n, "passage": n}}: of these, how many are longer than what is read."""
-        keys = [key for lang in langs for key, _ in self.shards(lang)]
+    def encodings(self, queries):
+        """{retriever: (settings, {"query": n, "passage": n})} of {lang: queries} that have been searched:
+
+        how they and the passages there are encoded, and how many are longer than what is read.
+        """
+        keys = [key for lang in queries for key, _ in self.shards(lang)]
+        asked = [list(dict.fromkeys(of_lang)) for of_lang in queries.values()]
+        found = {}
         for name, e in self.encoders.items():
-            files = [self.vectors_file(name, key).with_suffix(".cut") for key in keys]  # by encode_file
-            e.n_cut = {"query": 0, "passage": sum(map(encoder.read_count, files))}
-            e.n_read = {"query": 0, "passage": sum(map(self.n_passages, langs))}
-            e.tokenize(queries, "query")
-        return {name: e.n_cut for name, e in self.encoders.items()}
+            files = {"query": [e.vectors_file(texts, "query", self.cache) for texts in asked],
+                     "passage": [self.vectors_file(name, key) for key in keys]}
+            e.n_read = {"query": sum(map(len, asked)), "passage": sum(map(self.n_passages, queries))}
+            e.n_cut = {kind: sum(map(encoder.read_cut, paths)) for kind, paths in files.items()}
+            found[name] = e.cached_settings(self.cache), e.n_cut
+        return found
 
     def compared(self, vectors, kind):
         """float32 of {retriever: (N, D)}; with fusion concat as unit vectors, and under CONCAT joined."""
@@ -194,19 +206,30 @@ class Ensemble:
             vectors[CONCAT] = np.concatenate(weighted, axis=1)
         return vectors
 
+    def ask(self, queries):
+        """Encode the queries of a language, in one file: the searches that follow may take some at a time."""
+        self.asked = {query: place for place, query in enumerate(dict.fromkeys(queries))}
+        for name in self.encoders:
+            self.vectors(name, list(self.asked), "query")
+
+    def vectors(self, name, texts, kind):
+        """(N, D) vectors of different texts from the cache; the first process makes them."""
+        if world()[0] == 0:
+            self.encoders[name].encode_cached(texts, kind, self.cache)
+        gather(None)  # the others wait for it
+        return self.encoders[name].encode_cached(texts, kind, self.cache)
+
     def encode(self, items, kind):
-        """{retriever: (N, D)} of queries or passages as they are compared; the first process encodes."""
-        if kind == "query" and not set(items) <= set(self.asked):  # else some of those asked last, again
-            self.asked = list(dict.fromkeys(items))
+        """{retriever: (N, D)} of queries or passages as they are compared."""
+        if kind == "query" and not set(items) <= self.asked.keys():
+            self.ask(items)
         vectors = {}
         for name, e in self.encoders.items():
             texts = items if kind == "query" else [e.passage_text(passage) for passage in items]
-            different = self.asked if kind == "query" else list(dict.fromkeys(texts))
-            if world()[0] == 0:
-                e.encode_cached(different, kind, self.cache)
-            gather(None)  # the others wait for it
-            place = {text: i for i, text in enumerate(different)}
-            vectors[name] = e.encode_cached(different, kind, self.cache)[[place[text] for text in texts]]
+            place = self.asked
+            if kind == "passage":
+                place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+            vectors[name] = self.vectors(name, list(place), kind)[[place[text] for text in texts]]
         return self.compared(vectors, kind)
 
     def similarity(self, queries, passages):

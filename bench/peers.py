@@ -9,7 +9,8 @@ startup   each script's --help                               | import sentence_t
 linear    ten times the passages or calls                    this project alone
 
 How     a measurement is a process of its own; the sides take turns; medians over rounds. The clock starts
-        after the imports, for encode and train after a warm-up. Memory is the process's peak. Work that is
+        after the imports ("start-up included": before), for encode and train after a warm-up. Memory is the
+        process's peak, its CPU that of all threads. Work that is
         not equal (tokens without padding, vectors, first loss without dropout, passages mined, nDCG@10) is
         an error. Threads that wait sleep on both sides, or their waiting would count as CPU time
 Writes  results/peers.json, a part for each model and device; cases that are not run again stay
@@ -45,6 +46,7 @@ ENVIRONMENT = os.environ | {"OMP_WAIT_POLICY": "passive"}  # `common` adds to it
 LIMITS = {"fp32": {"cosine": 0.99999, "loss": 1e-4, "mined": 0.95},
           "bf16": {"cosine": 0.999, "loss": 1e-3, "mined": 0.5}}
 TEMPERATURE = 0.02
+WHOLE = ", start-up included"
 LIBRARIES = ("torch", "transformers", "sentence-transformers", "faiss-cpu")
 MEASURED = {"cpu_s": 3, "wall_s": 3, "peak_mb": 0, "peak_gpu_mb": 0}  # and digits
 
@@ -57,11 +59,28 @@ def on_cuda():
 
 
 def clock():
-    """[CPU seconds of all threads, wall seconds]; what a GPU was asked for is done."""
-    import torch
-    if on_cuda():
+    """[CPU seconds of all threads, wall seconds] of this process; what a GPU was asked for is done."""
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available():
         torch.cuda.synchronize()
-    return np.array([time.process_time(), time.perf_counter()])
+    ticks = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+    started = int(ticks) / os.sysconf("SC_CLK_TCK")
+    return np.array([time.process_time(), time.clock_gettime(time.CLOCK_BOOTTIME) - started])
+
+
+def begin(job):
+    """The clock once all imports are made; 0 where the whole process counts, as its user waits for it."""
+    if job["whole"]:
+        return 0
+    if job["root"]:
+        import search  # noqa: F401 - its environment comes before faiss
+    else:
+        import datasets  # noqa: F401
+        import sentence_transformers  # noqa: F401 - ours loads none for vectors that are there
+    import faiss  # noqa: F401
+    import pytrec_eval  # noqa: F401
+    gc.freeze()  # nor is the collector's walk through what was imported of the work
+    return clock()
 
 
 def told(seconds, fed=(), **more):
@@ -181,14 +200,12 @@ def train_peer(job):
 
 def mine(job):
     """From the files to the mined file, the model's loading included; writes {query: [docid]}, best first."""
+    run = mine_ours if job["root"] else mine_peer
+    fed = {}
     if not job["again"]:
         shutil.rmtree(job["cache"], ignore_errors=True)
-    fed = count_tokens()
-    run = mine_ours if job["root"] else mine_peer
-    import faiss  # noqa: F401 - not in what is timed
-    from datasets import Dataset  # noqa: F401
-    gc.freeze()  # nor that the collector walks through what was imported
-    start = clock()
+        fed = count_tokens()
+    start = begin(job)
     docids = run(job)
     seconds = clock() - start
     Path(job["out"]).write_text(json.dumps(docids()), "utf-8")
@@ -228,11 +245,7 @@ def mine_peer(job):
 def evaluate(job):
     """From the files - passages, queries, judgments, vectors - to the figures and a file of the rankings."""
     run = evaluate_ours if job["root"] else evaluate_peer
-    import faiss  # noqa: F401 - not in what is timed
-    import pytrec_eval  # noqa: F401
-    if not job["root"]:  # ours loads no model for vectors that are there
-        import sentence_transformers  # noqa: F401
-    start = clock()
+    start = begin(job)
     found = run(job)
     return told(clock() - start, **found)
 
@@ -247,7 +260,7 @@ def evaluate_ours(job):
     hits, = ensemble.rank("en", list(queries["en"].values()), 101).values()
     ranking = dict(zip(queries["en"], evaluation.without_itself("en", queries["en"], hits, args)))
     Path(job["out"]).write_text("".join(evaluation.run_lines(ranking, "ours")), "utf-8")
-    values = {"en": evaluation.measure_run(qrels["en"], job["out"])}
+    values = {"en": evaluation.measure(qrels["en"], evaluation.scores_of(ranking))}
     return {name: evaluation.averages(values)["avg"][name] for name in ("ndcg@10", "recall@100")}
 
 
@@ -460,9 +473,10 @@ def train_cases(work, args):
 def mine_cases(work, args):
     size = make_corpus(work / "mine", args.texts, args.records, *args.mine)
     cases = {}
-    for dtype, again in (("fp32", False), ("fp32", True), ("bf16", False)):  # again: given vectors, no dtype
-        name = f"mine {size}{', again' * again}, {dtype}"
-        cases[name] = beside(args, do="mine", data=str(work / "mine"), dtype=dtype, again=again)
+    for dtype, again, whole in (("fp32", False, False), ("fp32", True, False), ("fp32", True, True),
+                                ("bf16", False, False)):  # again: given vectors, no dtype
+        name = f"mine {size}{', again' * again}{WHOLE * whole}, {dtype}"
+        cases[name] = beside(args, do="mine", data=str(work / "mine"), dtype=dtype, again=again, whole=whole)
         for side, job in cases[name].items():
             job["cache"] = f"{work}/cache.{side}.{dtype}"
     return cases
@@ -471,8 +485,9 @@ def mine_cases(work, args):
 def evaluate_cases(work, args):
     size = make_corpus(work / "evaluate", args.texts, args.records, *args.mine)
     give_vectors(work / "evaluate", args.encoder, work / "given")
-    return {f"evaluate {size}": beside(args, do="evaluate", data=str(work / "evaluate"),
-                                       cache=str(work / "given"), dtype="fp32")}
+    return {f"evaluate {size}{WHOLE * whole}": beside(args, do="evaluate", data=str(work / "evaluate"),
+                                                      cache=str(work / "given"), dtype="fp32", whole=whole)
+            for whole in (False, True)}
 
 
 def judge_cases(work, args):
@@ -496,7 +511,8 @@ def linear_cases(work, args):
     n_queries = n_passages // 100
     for n in (n_passages // 10, n_passages):
         make_corpus(work / f"mine-{n}", args.texts, args.records, n_queries, n)
-    mine = {"do": "mine", "root": str(ROOT), "dtype": "fp32", "again": False, "cache": f"{work}/cache"}
+    mine = {"do": "mine", "root": str(ROOT), "dtype": "fp32", "again": False, "whole": False,
+            "cache": f"{work}/cache"}
     return {
         "ten times, encode": {"a tenth": encode | {"texts": str(work / "tenth.json")}, "all": encode},
         "ten times, mine": {"a tenth": mine | {"data": f"{work}/mine-{n_passages // 10}"},

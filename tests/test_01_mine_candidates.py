@@ -520,7 +520,7 @@ def test_another_depth_strategy_or_fusion_encodes_nothing_and_a_changed_file_its
     records = read(data / "train.jsonl")
     n_queries = len({r["query"] for r in records})
     n_positives = len({p["docid"] for r in records for p in r["positive_passages"]})
-    assert encoded == [("passage", 50)] * 6 + [("query", n_queries)] * 2
+    assert encoded == [("query", n_queries)] * 2 + [("passage", 50)] * 6
     encoded.clear()
     for flags in (
         runs[0],
@@ -547,7 +547,32 @@ def test_another_depth_strategy_or_fusion_encodes_nothing_and_a_changed_file_its
     assert encoded == [("passage", 50)] * 2  # one shard of three, by two encoders
     encoded.clear()
     mine([*runs[1], "--settings", "first:pooling=cls", "--overwrite"])
-    assert encoded == [("passage", 50)] * 3 + [("query", n_queries)]
+    assert encoded == [("query", n_queries)] + [("passage", 50)] * 3
+
+
+def test_who_finds_all_vectors_in_the_cache_loads_no_model_and_tells_the_same(
+    collection, tmp_path, monkeypatch, capsys
+):
+    flags = ["--data", str(collection / "data"), "--retrievers", str(collection / "first"), "--cache",
+             str(tmp_path / "cache"), "--out", str(tmp_path / "out.jsonl"), "--device", "cpu",
+             "--query-max-len", "2", "--passage-max-len", "3"]  # fmt: skip
+    mine(flags)
+    meta = tmp_path / "out.jsonl.meta.json"
+    first, said = json.loads(meta.read_text("utf-8")), capsys.readouterr().err
+    assert first["encoders"]["first"]["max_len"] == {"query": 2, "passage": 3} and "were cut at 2" in said
+    monkeypatch.setattr(encoder, "load_model", None)
+    monkeypatch.setattr(stage, "PAIRS", 100)  # other groups
+    mine([*flags, "--depth", "7", "--overwrite"])
+    again, said_again = json.loads(meta.read_text("utf-8")), capsys.readouterr().err
+    assert (again["encoders"], again["cut"]) == (first["encoders"], first["cut"])
+    assert [line for line in said_again.splitlines() if "were cut" in line] == [
+        line for line in said.splitlines() if "were cut" in line
+    ]
+    command = f"import sys; sys.argv[1:] = {[*flags, '--overwrite']}; import runpy, atexit\n"
+    command += "atexit.register(lambda: print([name in sys.modules for name in ('torch', 'faiss')]))\n"
+    command += f"runpy.run_path({str(ROOT / '01_mine_candidates.py')!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "[False, True]\n", done.stderr
 
 
 def test_a_record_is_mined_alike_alone_and_among_others(collection, expected, tmp_path):

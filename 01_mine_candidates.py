@@ -9,7 +9,7 @@ Writes  candidates.jsonl: the records + candidate_passages [{docid, title, text,
 Usage   python 01_mine_candidates.py --data data/sample --retrievers bm25 models/sample --fusion rrf \\
             --out runs/sample/candidates.jsonl
         torchrun --nproc-per-node 8 01_mine_candidates.py ...   the same bytes; nodes share the --cache folder
-Cost    vectors are cached by model, settings and shard: another depth, strategy or fusion encodes no passage
+Cost    vectors are cached by model, settings and shard: another depth or fusion loads no model, takes seconds
 """
 import tempfile
 from collections import Counter, defaultdict

@@ -29,8 +29,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads are 10-100x slower on a busy machine
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 # torch keeps code and buffers of 1,024 shapes: 0.6 GB that texts of every length fill, seldom used twice
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
-os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "8")
 gc.set_threshold(50_000)  # records are trees: every 700 objects a search for cycles took a tenth of mining
 
 LANGUAGES = {"ar": "Arabic", "bn": "Bengali", "de": "German", "en": "English", "es": "Spanish",

@@ -121,14 +121,24 @@ def allowed(question, positives, hits, ranks, passages, texts, depth, args):
 
 
 def mine(ensemble, lang, records, depth, args):
-    """(ranks, mined) of each record: what each retriever found, and `depth` candidates of what is allowed.
+    """Yield (record, ranks, candidates, left out) of each: what each retriever found, what is allowed of it.
 
-    Looks deeper for the records whose list is not full yet.
+    Memory holds the passages of a group of records.
     """
     ensemble.ask([record["query"] for record in records])
     below = ceilings(ensemble, records, args)
-    questions = [normalise(record["query"]) for record in records]
     positives = answers(records)
+    for rows in batched(range(len(records)), max(1, PAIRS // (depth + EXTRA))):
+        group = [records[row] for row in rows]
+        yield from zip(group, *mine_group(ensemble, lang, group, below[rows], positives, depth, args))
+
+
+def mine_group(ensemble, lang, records, below, positives, depth, args):
+    """(ranks, candidates, left out) of these records, lists; `depth` candidates of what is allowed.
+
+    Looks deeper for the records whose list is not full yet.
+    """
+    questions = [normalise(record["query"]) for record in records]
     ranks = []
     mined = {}
     pending = range(len(records))
@@ -136,12 +146,12 @@ def mine(ensemble, lang, records, depth, args):
     while pending:
         short = []
         fetched = max(depth + EXTRA, asked // 4)  # of the hits below the ceiling
-        for group in batched(pending, max(1, PAIRS // asked)):
-            found, ranked = ensemble.search(lang, [records[i]["query"] for i in group], asked)
-            low = [[hit for hit in hits if hit[2] < below[i]][:fetched] for i, hits in zip(group, found)]
+        for some in batched(pending, max(1, PAIRS // asked)):
+            found, ranked = ensemble.search(lang, [records[i]["query"] for i in some], asked)
+            low = [[hit for hit in hits if hit[2] < below[i]][:fetched] for i, hits in zip(some, found)]
             passages = fetch_passages(args.data, lang, {row for hits in low for _, row, _ in hits})
             texts = {row: text_key(passage) for row, passage in passages.items()}
-            for i, hits, of_query, everything in zip(group, low, ranked, found):
+            for i, hits, of_query, everything in zip(some, low, ranked, found):
                 mined[i] = allowed(questions[i], positives[questions[i]], hits, of_query, passages, texts,
                                    depth, args)
                 if len(mined[i][0]) < depth and (len(everything) == asked or len(hits) == fetched):
@@ -150,32 +160,40 @@ def mine(ensemble, lang, records, depth, args):
                 ranks += ranked
         pending = short
         asked *= 4
-    return ranks, [mined[i] for i in range(len(records))]
+    candidates, left_out = zip(*(mined[i] for i in range(len(records))))
+    return ranks, candidates, left_out
 
 
-def summarise(records, ranks, mined, depth):
+def counted(record, ranks, passages, depth):
+    """The sums of a query that summarise makes means of."""
+    positives = {passage["docid"] for passage in record["positive_passages"]}
+    human = {p["docid"] for p in record.get("negative_passages", []) if p.get("source") == "human"}
+    n = Counter(queries=1, candidates=len(passages), positives=len(positives), human=len(human))
+    tops = []
+    for name, rank_of in ranks.items():
+        found = [rank_of[docid] for docid in positives if docid in rank_of]
+        tops.append(set(islice(rank_of, depth)))
+        n[name, "found"] = len(found)
+        n[name, "ranks"] = sum(found)
+        n[name, "positives"] = sum(rank <= depth for rank in found)
+        n[name, "human"] = len(human & tops[-1])
+    n["overlap"] = len(set.intersection(*tops)) / max(1, len(set.union(*tops)))
+    return n
+
+
+def summarise(n, names, n_repeated, depth):
     """What to look at before paying for the judge: how alike the retrievers are, and what they find again."""
-    positives = [{p["docid"] for p in r["positive_passages"]} for r in records]
-    human = [{p["docid"] for p in r.get("negative_passages", []) if p.get("source") == "human"}
-             for r in records]
-    row = {"queries": len(records), "candidates": sum(map(len, mined))}
-    n_repeated = len(records) - len(answers(records))
+    row = {"queries": n["queries"], "candidates": n["candidates"]}
     if n_repeated:
         row["queries that ask the same as another (their positives are shared)"] = n_repeated
-    tops = []
-    for name in ranks[0]:
-        found = [of_query[name][docid] for of_query, wanted in zip(ranks, positives)
-                 for docid in wanted if docid in of_query[name]]
-        n_found = sum(rank <= depth for rank in found)
-        row[f"{name} recall@{depth} of positives"] = round(n_found / sum(map(len, positives)), 3)
-        row[f"{name} mean rank of positives found"] = round(sum(found) / len(found), 1) if found else None
-        tops.append([set(islice(of_query[name], depth)) for of_query in ranks])
-        if any(human):
-            n_found = sum(len(wanted & top) for top, wanted in zip(tops[-1], human))
-            row[f"{name} recall@{depth} of judged negatives"] = round(n_found / sum(map(len, human)), 3)
-    if len(tops) > 1:
-        shares = [len(set.intersection(*sets)) / max(1, len(set.union(*sets))) for sets in zip(*tops)]
-        row["overlap"] = round(sum(shares) / len(shares), 3)
+    for name in names:
+        row[f"{name} recall@{depth} of positives"] = round(n[name, "positives"] / n["positives"], 3)
+        mean = n[name, "ranks"] / n[name, "found"] if n[name, "found"] else None
+        row[f"{name} mean rank of positives found"] = mean and round(mean, 1)
+        if n["human"]:
+            row[f"{name} recall@{depth} of judged negatives"] = round(n[name, "human"] / n["human"], 3)
+    if len(names) > 1:
+        row["overlap"] = round(n["overlap"] / n["queries"], 3)
     return row
 
 
@@ -209,14 +227,17 @@ def main(argv=None):
     table = {}
     n_fewer = 0
     for lang, of_lang in sorted(by_lang.items()):
-        ranks, found = mine(ensemble, lang, of_lang, args.depth + skip, args)
-        mined = [candidates[skip:] for candidates, _ in found]
-        lines[lang] = tempfile.TemporaryFile("w+", encoding="utf-8")  # memory holds one language's
-        lines[lang].writelines(dump(with_passages(*pair, args.strategy)) for pair in zip(of_lang, mined))
+        n, left_out = Counter(), Counter()
+        lines[lang] = tempfile.TemporaryFile("w+", encoding="utf-8")
+        for record, ranks, candidates, others in mine(ensemble, lang, of_lang, args.depth + skip, args):
+            passages = candidates[skip:]
+            lines[lang].write(dump(with_passages(record, passages, args.strategy)))
+            n.update(counted(record, ranks, passages, args.depth))
+            left_out.update(others)
+            n_fewer += len(passages) < args.depth
         lines[lang].seek(0)
-        table[lang] = summarise(of_lang, ranks, mined, args.depth)
-        table[lang] |= sum((left_out for _, left_out in found), Counter())
-        n_fewer += sum(len(passages) < args.depth for passages in mined)
+        n_repeated = len(of_lang) - len(answers(of_lang))
+        table[lang] = summarise(n, ensemble.names, n_repeated, args.depth) | left_out
         if world()[0] == 0:
             say(f"{lang}: " + ", ".join(f"{key} {value}" for key, value in table[lang].items()))
     if world()[0] == 0:

@@ -575,6 +575,18 @@ def test_who_finds_all_vectors_in_the_cache_loads_no_model_and_tells_the_same(
     assert done.returncode == 0 and done.stdout == "[False, True]\n", done.stderr
 
 
+def test_faiss_knows_an_amd_processor_unless_the_user_says_which_it_is():
+    cpu = Path("/proc/cpuinfo").read_text()
+    amd = "AuthenticAMD" in cpu and "avx2" in cpu
+    tell = "import os, search; print(os.environ.get('OPENBLAS_CORETYPE'))"
+    told = []
+    for user in ({}, {"OPENBLAS_CORETYPE": "Zen"}):
+        env = {k: v for k, v in os.environ.items() if k != "OPENBLAS_CORETYPE"} | user
+        done = subprocess.run([sys.executable, "-c", tell], cwd=ROOT, env=env, capture_output=True, text=True)
+        told.append(done.stdout.strip())
+    assert told == ["Haswell" if amd else "None", "Zen"]
+
+
 def test_a_record_is_mined_alike_alone_and_among_others(collection, expected, tmp_path):
     records = read(collection / "data/train.jsonl")
     asked = [record["query"] for record in records]

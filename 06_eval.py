@@ -160,9 +160,11 @@ def make_runs(model, name, args, queries, qrels, inputs, digests):
         else:
             ensemble = ensemble or Ensemble([model], args.data, args.cache, bm25_tokenizer=tokenizer,
                                             **reading)
-            hits, = ensemble.rank(lang, list(queries[lang].values()), args.depth + 1).values()
+            texts = list(queries[lang].values())
+            ensemble.ask(texts)
+            hits, = ensemble.rank(lang, texts, args.depth + 1).values()
             hits = without_itself(lang, queries[lang], hits, args)
-            for settings, cut in ensemble.encodings({lang: list(queries[lang].values())}).values():
+            for settings, cut in ensemble.encodings({lang: texts}).values():
                 output.meta |= {"encoder": settings, "cut": cut}
             ranking = dict(zip(queries[lang], hits))
             output.write_lines(run_lines(ranking, name.replace("/", "_")))

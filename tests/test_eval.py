@@ -369,6 +369,16 @@ def test_one_more_model_or_language_encodes_and_searches_only_what_is_new(
     assert done == [("load", "b"), ("search", "b", "th")] and (out / "runs/b.th.trec").is_file()
 
 
+def test_a_language_whose_queries_are_some_of_anothers_is_evaluated_and_counted(made, stage, tmp_path):
+    collection(tmp_path / "data")
+    dev = [json.loads(line) for line in (tmp_path / "data/dev.jsonl").read_text("utf-8").splitlines()]
+    thai = [record for record in dev if record["lang"] == "sw"][:5]  # the words are Swahili's
+    write(tmp_path / "data/dev.jsonl", [*dev[6:], *[record | {"lang": "th"} for record in thai]])
+    metrics = evaluate(stage, tmp_path, tmp_path / "eval", made / "a")
+    assert metrics["models"]["a"]["th"]["queries"] == metrics["models"]["a"]["sw"]["queries"] == 5
+    assert metrics["settings"]["cut"]["a"] == {"query": 0, "passage": 0}
+
+
 def test_languages_without_training_queries_are_marked_zero_shot(made):
     assert json.loads((made / "eval/metrics.json").read_text("utf-8"))["settings"]["zero_shot"] == ["th"]
 

@@ -241,8 +241,8 @@ def main(argv=None):
         if world()[0] == 0:
             say(f"{lang}: " + ", ".join(f"{key} {value}" for key, value in table[lang].items()))
     if world()[0] == 0:
-        queries = {lang: [record["query"] for record in of_lang] for lang, of_lang in by_lang.items()}
-        encodings = ensemble.encodings(queries)
+        asked = {lang: [record["query"] for record in of_lang] for lang, of_lang in by_lang.items()}
+        encodings = ensemble.encodings(asked)
         for encoder in ensemble.encoders.values():
             encoder.report_cut()
         output.meta |= {"encoders": {name: settings for name, (settings, _) in encodings.items()},

@@ -323,7 +323,7 @@ class Encoder:
                 "max_len": self.max_len, "dtype": self.dtype, "assumed": self.assumed, "given": self.given}
 
     def cached_settings(self, cache):
-        """settings() from the cache: who finds all vectors there loads no model."""
+        """settings() from the cache, and max_len by it: who finds all vectors there loads no model."""
         path = self.vectors_folder("passage", cache) / f"{self.fingerprint('query')}.json"
         if not path.is_file():
             with atomic(path) as temporary:

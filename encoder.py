@@ -34,6 +34,8 @@ SETTINGS = {"pooling": "mean|cls|lasttoken", "normalise": "yes|no", "title_join"
 # Tokens of a batch, padding included. On two cores 4,096 took 8% (6 layers x 384) and 18% (12 layers) more
 # CPU time than 2,048, and up to 500 MB more
 CPU_TOKENS, GPU_TOKENS = 2_048, 65_536
+PASSAGE_PROMPTS = ("document", "passage", "corpus")  # their names, as sentence-transformers knows them
+TASKS = {"query": "query", "passage": "document"}  # what sentence-transformers calls them
 
 
 def encoder_flags(parser):
@@ -160,7 +162,7 @@ def maker_settings(folder, name):
     prompts = files.get("prompts") or {}
     said = {"similarity": files.get("similarity_fn_name"), "title_join": files.get("title_join"),
             "query_prefix": prompts.get("query"),
-            "passage_prefix": prompts.get("document") or prompts.get("passage") or prompts.get("corpus", "")}
+            "passage_prefix": next(filter(None, map(prompts.get, PASSAGE_PROMPTS)), "")}
     if not all(isinstance(text, str | None) for text in said.values()):
         raise ValueError(f"{said} are not all texts")
     if "title_join" not in files:  # not from save(): an empty prompt may be one that nobody thought of
@@ -169,6 +171,12 @@ def maker_settings(folder, name):
     if (folder / "modules.json").is_file():
         return said | {"pooling": None}, assumed  # None: as the modules are
     return said, OTHERS | assumed
+
+
+def other_prompts(folder):
+    """Names of a folder's prompts that are for neither queries nor passages, as far as the names tell."""
+    prompts = read_json(folder / "config_sentence_transformers.json").get("prompts") or {}
+    return sorted({name for name, text in prompts.items() if text} - {"query", *PASSAGE_PROMPTS})
 
 
 @contextlib.contextmanager
@@ -194,10 +202,21 @@ def load_tokenizer(name):
         return check_tokenizer(AutoTokenizer.from_pretrained(folder))
 
 
+def check_kind(folder):
+    """ValueError for rerankers, sparse and late-interaction models, which load with a pooling of no meaning."""
+    kind = read_json(folder / "config_sentence_transformers.json").get("model_type", "SentenceTransformer")
+    if not (folder / "modules.json").is_file():
+        architectures = str(read_json(folder / "config.json").get("architectures"))
+        kind = "reranker" if "ForSequenceClassification" in architectures else kind
+    if kind != "SentenceTransformer":
+        raise ValueError(f"a {kind} gives no vector a text, a SentenceTransformer does")
+
+
 def load_model(folder, device):
     """The SentenceTransformer of a folder in fp32; DataError where what it needs is missing or damaged."""
     import torch
     from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
     from transformers.utils.logging import disable_progress_bar
     torch.set_float32_matmul_precision("highest")  # "medium" is bf16 on some CPUs, whoever asked for it
     disable_progress_bar()
@@ -216,8 +235,11 @@ def load_model(folder, device):
         for name in ("config.json", "tokenizer_config.json"):
             if "auto_map" in read_json(folder / name):
                 raise ValueError(f"{name} names a custom class (auto_map), code of a model folder is not run")
+        check_kind(folder)
         model = SentenceTransformer(str(folder), device=device, local_files_only=True,
                                     model_kwargs={"dtype": torch.float32})
+        if not any(isinstance(module, Pooling) for module in model):
+            raise ValueError("it is no transformer with a pooling, which gives a vector a text")
         n_tokens = len(check_tokenizer(model.tokenizer))
         n_rows = model[0].model.get_input_embeddings().num_embeddings
         if n_tokens > n_rows:
@@ -266,14 +288,20 @@ class Encoder:
         self.asked = {"query": query_max_len, "passage": passage_max_len}
         self.n_read = {"query": 0, "passage": 0}
         self.n_cut = {"query": 0, "passage": 0}
+        self.n_prompt = {"query": 0, "passage": 0}  # tokens, which some models do not pool
         self.given = read_settings(settings, self.name)
         with usable(self.folder, "settings"):
             said, assumed = maker_settings(self.folder, self.name)
         used = OTHERS | assumed | said | self.given
         self.assumed = {key: value for key, value in assumed.items() if key not in said | self.given}
-        if self.assumed and os.environ.get("RANK", "0") == "0":
+        is_first = os.environ.get("RANK", "0") == "0"
+        if self.assumed and is_first:
             say(f"{self.name}: not in sentence-transformers' files in its folder, so assumed by name: "
                 + json.dumps(self.assumed)[1:-1])
+        unused = other_prompts(self.folder)
+        if unused and is_first and not used["query_prefix"] + used["passage_prefix"]:
+            say(f"{self.name}: none of its prompts ({', '.join(unused)}) is named query or document, so none "
+                "is used; name one with --settings query_prefix=... passage_prefix=...")
         self.pooling = used["pooling"]
         self.similarity = used["similarity"]
         self.title_join = used["title_join"]
@@ -292,9 +320,6 @@ class Encoder:
         if self.given.get("normalise") == "no" and isinstance(model[-1], Normalize):
             del model[-1]
         for module in model:
-            if not getattr(module, "include_prompt", True) and any(self.prefix.values()):
-                raise DataError(f"{self.folder}: pooling without the prompt (include_prompt false) is not "
-                                "supported; take another model")
             if isinstance(module, Pooling) and self.pooling:
                 module.pooling_mode = self.pooling
         return model
@@ -302,8 +327,10 @@ class Encoder:
     @cached_property
     def max_len(self):
         """Tokens that are read of a query and of a passage: as asked, and at most the maker's limit."""
-        limit = self.model.max_seq_length
-        return {kind: int(self.given.get(f"{kind}_max_len", min(n, limit))) for kind, n in self.asked.items()}
+        transformer = self.model[0]
+        own = {"query": transformer.query_length, "passage": transformer.document_length}
+        limit = {kind: min(n, own[kind] or n, self.model.max_seq_length) for kind, n in self.asked.items()}
+        return {kind: int(self.given.get(f"{kind}_max_len", n)) for kind, n in limit.items()}
 
     @cached_property
     def digest(self):
@@ -344,13 +371,18 @@ class Encoder:
         return f"{title}{self.title_join}{passage['text']}" if title else passage["text"]
 
     def tokenize(self, texts, kind):
-        """Token ids of each text with its prompt, cut at the limit of its kind and counted."""
-        encoded = self.model.tokenizer([self.prefix[kind] + text for text in texts], truncation=True,
-                                 max_length=self.max_len[kind], return_attention_mask=False,
-                                 return_token_type_ids=False)
+        """Token ids of each text, made by the model's own preprocessing: with its prompt, cut and counted."""
+        fed = self.model.preprocess(texts, prompt=self.prefix[kind], task=TASKS[kind],
+                                    max_length=self.max_len[kind])
+        rows = zip(fed["input_ids"], fed["attention_mask"].bool())                             # (N, L) each
+        token_ids = [ids[mask].tolist() for ids, mask in rows]
+        cut = [len(ids) >= self.max_len[kind] for ids in token_ids]  # where nothing tells what was cut off
+        if getattr(fed, "encodings", None):
+            cut = [bool(encoding.overflowing) for encoding in fed.encodings]
         self.n_read[kind] += len(texts)
-        self.n_cut[kind] += sum(bool(encoding.overflowing) for encoding in encoded.encodings or [])
-        return encoded["input_ids"]
+        self.n_cut[kind] += sum(cut)
+        self.n_prompt[kind] = fed.get("prompt_length", 0)
+        return token_ids
 
     def report_cut(self):
         """Say how many texts were longer than their limit."""
@@ -365,9 +397,10 @@ class Encoder:
         features = self.model.tokenizer.pad({"input_ids": token_ids}, return_attention_mask=True,
                                       return_tensors="pt")
         features = {name: tensor.to(self.device) for name, tensor in features.items()}         # (N, L)
+        features["prompt_length"] = self.n_prompt[kind]
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.dtype == "bf16"):
-            task = "query" if kind == "query" else "document"
-            vectors = self.model(features, task=task)["sentence_embedding"].float()            # (N, D)
+            vectors = self.model(features, task=TASKS[kind])["sentence_embedding"].float()     # (N, D)
+        vectors = vectors[:, :self.model.truncate_dim]
         return torch.nn.functional.normalize(vectors, dim=1) if self.similarity == "cosine" else vectors
 
     def fill(self, vectors, texts, kind, bar=None):

@@ -84,10 +84,56 @@ def test_folders_of_older_versions_are_read_as_theirs(tmp_path, pooling, normali
     same_as_theirs(Encoder(folder, "cpu", 512, 512), folder)
 
 
-def test_pooling_that_leaves_the_prompt_out_is_an_error_and_no_other_vector(tmp_path):
+def test_pooling_that_leaves_the_prompt_out(tmp_path):
     folder = sentence_transformer(tmp_path / "model", WORDS, prompts=PROMPTS, include_prompt=False)
-    with pytest.raises(DataError, match="include_prompt false"):
-        Encoder(folder, "cpu").encode(["w1"], "query")
+    same_as_theirs(Encoder(folder, "cpu", 512, 512), folder)
+    whole = sentence_transformer(tmp_path / "whole", WORDS, prompts=PROMPTS)
+    assert smallest_cosine(*(Encoder(of, "cpu").encode(texts(9), "query") for of in (folder, whole))) < 0.999
+
+
+def as_chat(folder):
+    """The model reads its text as a user's message, in the words of a chat template."""
+    template = "{% for message in messages %}w3 {{ message['role'] }} {{ message['content'] }} w4{% endfor %}"
+    change_json(folder / "tokenizer_config.json", chat_template=template)
+    entry = {"method": "forward", "method_output_name": "last_hidden_state"}
+    change_json(
+        folder / "sentence_bert_config.json",
+        modality_config={"text": entry, "message": entry | {"format": "flat"}},
+    )
+
+
+@pytest.mark.parametrize(
+    "file, values",
+    [
+        ("config_sentence_transformers.json", {"truncate_dim": 8}),
+        ("config_sentence_transformers.json", {"truncate_dim": 8, "similarity_fn_name": "dot"}),
+        ("sentence_bert_config.json", {"query_length": 4, "document_length": 6}),
+        ("sentence_bert_config.json", {"processing_kwargs": {"text": {"add_special_tokens": False}}}),
+        ("sentence_bert_config.json", {"do_lower_case": True}),
+        ("tokenizer_config.json", {"truncation_side": "left"}),
+        (None, None),
+    ],
+)
+def test_whatever_a_folder_sets_is_done_as_sentence_transformers_does_it(tmp_path, file, values):
+    folder = Path(sentence_transformer(tmp_path / "model", WORDS, prompts=PROMPTS))
+    if file:
+        change_json(folder / file, **values)
+    else:
+        as_chat(folder)
+    ours = Encoder(str(folder), "cpu", 512, 512)
+    same_as_theirs(ours, folder)
+    assert ours.n_cut["passage"] > 0  # of texts that are longer than any limit
+
+
+def test_prompts_that_nothing_uses_are_named(tmp_path, capsys):
+    prompts = {"retrieval.query": "query: ", "retrieval.passage": "passage: "}
+    folder = sentence_transformer(tmp_path / "model", WORDS, prompts=prompts)
+    Encoder(folder, "cpu")
+    assert "none of its prompts (retrieval.passage, retrieval.query) is named" in capsys.readouterr().err
+    Encoder(folder, "cpu", settings=["query_prefix=query: "])
+    sentence_transformer(tmp_path / "other", WORDS, prompts=PROMPTS | {"clustering": "w1 "})
+    Encoder(str(tmp_path / "other"), "cpu")
+    assert "prompts" not in capsys.readouterr().err
 
 
 def test_a_model_that_pads_on_the_left_reads_its_last_token(tmp_path):
@@ -395,6 +441,30 @@ def test_a_folder_that_cannot_be_used_is_told_in_one_line(tmp_path, damage, mess
     with pytest.raises(DataError, match=message) as told:
         Encoder(str(folder), "cpu").encode(["w1"], "query")
     assert str(tmp_path) in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("reranker", "a reranker gives no vector a text"),
+        ("SparseEncoder", "a SparseEncoder gives no vector a text"),
+        ("late interaction", "no transformer with a pooling"),
+    ],
+)
+def test_models_of_another_kind_are_refused(tmp_path, kind, message):
+    folder = tmp_path / "model"
+    if kind == "reranker":
+        random_bert(folder, WORDS)
+        change_json(folder / "config.json", architectures=["BertForSequenceClassification"])
+    if kind == "SparseEncoder":
+        sentence_transformer(folder, WORDS)
+        change_json(folder / "config_sentence_transformers.json", model_type=kind)
+    if kind == "late interaction":
+        sentence_transformer(folder, WORDS)
+        modules = json.loads((folder / "modules.json").read_text("utf-8"))
+        (folder / "modules.json").write_text(json.dumps(modules[:1]), "utf-8")
+    with pytest.raises(DataError, match=message):
+        Encoder(str(folder), "cpu").encode(["w1"], "query")
 
 
 def test_missing_weights_are_told_however_quiet_transformers_is(tmp_path):

@@ -199,7 +199,10 @@ def load_tokenizer(name):
     from transformers import AutoTokenizer
     folder = model_folder(name)
     with usable(folder, "tokenizer"):
-        return check_tokenizer(AutoTokenizer.from_pretrained(folder))
+        tokenizer = check_tokenizer(AutoTokenizer.from_pretrained(folder))
+        if not tokenizer.is_fast:
+            raise ValueError("it is written in Python and tells no offsets")
+        return tokenizer
 
 
 def check_kind(folder):

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, load_stage, run_stage
 from tiny_models import random_bert, save_tokenizer, word_model
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 import common
 import encoder
@@ -902,6 +902,12 @@ def test_sub_words_of_marks_alone_and_bytes_of_letters_are_terms_and_punctuation
         ["\u0bb8", "\u0bb4", "?!."]
     )  # of three bytes, the last of which look like symbols
     assert left != right and dots == []
+
+
+def test_a_tokenizer_that_tells_no_offsets_is_refused_in_one_line(tmp_path):
+    ByT5Tokenizer().save_pretrained(tmp_path / "python")
+    with pytest.raises(DataError, match="tells no offsets"):
+        BM25(Alone(), str(tmp_path / "python"))
 
 
 MINIMIRACL = ROOT.parent / "shared/data/minimiracl"

@@ -489,9 +489,18 @@ def digest(request):
     return hashlib.blake2b(text.encode("utf-8", "backslashreplace"), digest_size=16).hexdigest()
 
 
+# How thinking ends and begins where a server leaves it in the answer: that of Qwen and DeepSeek, of Magistral,
+# of Kimi, of gpt-oss (with its marks, and without)
+THOUGHT_ENDS = re.compile(r"(?s).*(</think(ing)?>|\[/THINK\]|◁/think▷|<\|channel\|>final<\|message\|>)|"
+                          r"\Aanalysis.*assistantfinal")
+THOUGHT_BEGINS = re.compile(r"<think(ing)?>|\[THINK\]|◁think▷|<\|channel\|>|<\|(end|return)\|>")
+
+
 def without_thoughts(text):
-    """What follows the last </think>, opened or not; of thinking that never ended, nothing."""
-    return text.rpartition("</think>")[2].partition("<think>")[0]
+    """What follows the last thought, its beginning told or not; of thinking that never ended, nothing."""
+    answer = THOUGHT_ENDS.sub("", text, count=1)
+    begins = THOUGHT_BEGINS.search(answer)
+    return answer[:begins.start()] if begins else answer
 
 
 def read_answer(answer):

@@ -545,10 +545,21 @@ def test_settings_and_version_are_the_generators(data, server):
     assert again == {"summary": n["summary"], "query": n["query"]}  # the judge's are kept
 
 
-@pytest.mark.parametrize("opening", ["<think>\n", ""])
-def test_of_a_generator_that_thinks_only_the_answer_is_used(data, server, opening):
+@pytest.mark.parametrize(
+    "opening, end",
+    [
+        ("<think>\n", "</think>\n\n"),
+        ("", "</think>"),
+        ("<thinking>", "</thinking>"),
+        ("[THINK]", "[/THINK]"),
+        ("◁think▷", "◁/think▷"),
+        ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
+        ("analysis", "assistantfinal"),
+    ],
+)
+def test_of_a_generator_that_thinks_only_the_answer_is_used(data, server, opening, end):
     usual, _ = generate(data, server)
-    thought = f"{opening}Okay, the user wants me to summarise.\nQuestion: which?\n</think>\n\n"
+    thought = f"{opening}Okay, the user wants me to summarise.\nQuestion: which?\n{end}"
     server.reply = lambda kind, text: thought + text
     assert generate(data, server, out="thought.jsonl", cache="other")[0] == usual
 

@@ -419,3 +419,19 @@ def main():
 
 if __name__ == "__main__":
     main()
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("Accra.", "Accra."),
+        ("<think>Hm.</think> Accra. <think>Was that", " Accra. "),
+        ("[THINK]Is it Accra", ""),
+        ("<|channel|>analysis<|message|>Is it Accra?<|end|>", ""),
+        ("<|channel|>final<|message|>Accra.<|return|>", "Accra."),
+        ("analysisIs it Accra?assistantfinalAccra.", "Accra."),
+        ("An analysis of the assistantfinal", "An analysis of the assistantfinal"),
+    ],
+)
+def test_thoughts_are_no_part_of_an_answer(text, answer):
+    assert llm.without_thoughts(text) == answer

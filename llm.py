@@ -424,8 +424,10 @@ class LLM:
             return None, 503, self._told(type(error).__name__, error), 0
         except (ValueError, openai.OpenAIError, httpx2.HTTPError, aiohttp.ClientError):
             return None, 200, "", 0  # hardly HTTP, or no JSON: broken
-        if isinstance(answer, dict) and answer.get("error") and not answer.get("choices"):
-            told = self._told(200, answer["error"])
+        choices = answer.get("choices") if isinstance(answer, dict) else None
+        first = choices[0] if choices and isinstance(choices, list) else answer
+        if isinstance(first, dict) and first.get("error"):
+            told = self._told(200, first["error"])
             return None, 400 if self.ABOUT_PROMPT.search(told) else 500, told, 0
         return answer, 200, "", 0
 
@@ -489,8 +491,8 @@ def digest(request):
     return hashlib.blake2b(text.encode("utf-8", "backslashreplace"), digest_size=16).hexdigest()
 
 
-# How thinking ends and begins where a server leaves it in the answer: that of Qwen and DeepSeek, of Magistral,
-# of Kimi, of gpt-oss (with its marks, and without)
+# How thinking ends and begins where a server leaves it in the answer: that of Qwen and DeepSeek, Magistral,
+# Kimi, gpt-oss (with its marks, and without)
 THOUGHT_ENDS = re.compile(r"(?s).*(</think(ing)?>|\[/THINK\]|◁/think▷|<\|channel\|>final<\|message\|>)|"
                           r"\Aanalysis.*assistantfinal")
 THOUGHT_BEGINS = re.compile(r"<think(ing)?>|\[THINK\]|◁think▷|<\|channel\|>|<\|(end|return)\|>")

@@ -56,6 +56,10 @@ def reply(manner, body, number):
         return 400, {"error": {"message": TOO_LONG[what], "code": 400}}
     if kind == "error in 200" and number % 3 == 1:
         return 200, {"error": {"message": "Upstream error: model overloaded", "code": 502}}
+    if kind == "error in a choice" and number % 3 == 1:  # OpenRouter's
+        error = {"code": 502, "message": "Upstream error: model overloaded"}
+        message = {"role": "assistant", "content": ""}
+        return 200, {"choices": [{"message": message, "finish_reason": "error", "error": error}]}
     if kind == "always error in 200":
         return 200, {"error": {"message": "Upstream error: model overloaded", "code": 502}}
     if kind == "think":
@@ -222,9 +226,11 @@ def test_any_400_after_an_answer_is_about_its_prompt(tmp_path):
         del TOO_LONG["odd"]
 
 
-def test_an_error_in_a_200_is_waited_out_or_told(tmp_path, monkeypatch):
-    calls, n, right, unjudged, status = judged(tmp_path, "error in 200", n=1)
+@pytest.mark.parametrize("manner", ["error in 200", "error in a choice"])
+def test_an_error_in_a_200_is_waited_out_or_told(tmp_path, monkeypatch, manner):
+    calls, n, right, unjudged, status = judged(tmp_path, manner, n=1)
     assert (right, unjudged, status) == (n, 0, 0) and calls < 2 * n
+    assert "empty answers" not in meta(tmp_path / "out.jsonl")["calls"]["judge"]  # a server's, no model's fault
     monkeypatch.setattr(llm.LLM, "RETRIES_AT_FIRST", 1)
     calls, *_, status = judged(tmp_path, "always error in 200", "--cache", tmp_path / "c2", "--overwrite")
     assert calls == 2 and "keeps failing (200: Upstream error: model overloaded)" in status

@@ -185,7 +185,9 @@ def peak_mb():
     """The most memory this process has held; ru_maxrss alone may be that of the process that started it."""
     status = Path("/proc/self/status")
     own = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    return (int(own[1]) if own else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) >> 10
+    if own:
+        return int(own[1]) >> 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
 
 
 # --------------------------------------------------------------------------- lines, records, corpus
@@ -482,7 +484,7 @@ def digest_file(path):
 
 def digest_folder(folder):
     """Digest of all files of a model folder that decide what it computes, whatever the folder is called."""
-    kinds = (".json", ".safetensors", ".bin", ".model", ".txt")
+    kinds = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
     files = sorted(p for p in Path(folder).rglob("*") if p.suffix in kinds and p.name != "build.json")
     lines = [f"{p.relative_to(folder).as_posix()} {digest_file(p)}\n" for p in files]
     return hashlib.blake2b("".join(lines).encode()).hexdigest()[:32]

@@ -123,7 +123,7 @@ def model_folder(name):
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
-    files = ["*.json", "*.txt", "*.model", "*.safetensors", "*_Dense/*.bin"]
+    files = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors", "*_Dense/*.bin"]
     try:
         folder = Path(snapshot_download(name, allow_patterns=files, ignore_patterns=["onnx/*", "openvino/*"]))
         if not list(folder.glob("*.safetensors")):  # older repositories; others have both, which is gigabytes

@@ -541,7 +541,14 @@ def test_cached_vectors_are_found_again_without_the_model(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "2_Dense/model.safetensors", "1_Pooling/config.json", "tokenizer.json"]
+    "name",
+    [
+        "model.safetensors",
+        "2_Dense/model.safetensors",
+        "1_Pooling/config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+    ],
 )
 def test_any_file_that_decides_vectors_changes_the_fingerprint(tmp_path, name):
     folder = Path(sentence_transformer(tmp_path / "model", WORDS, dense=8))

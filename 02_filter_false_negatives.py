@@ -90,8 +90,11 @@ async def judge_all(llms, record, to_judge, args, counts):
 async def filter_record(llms, record, args):
     """(the record with its candidates judged, Counter of what became of them)."""
     candidates, human, to_judge = candidates_of(record, args.rejudge_human)
+    positives = {p["docid"] for p in record["positive_passages"]}
+    listed = record.get("candidate_passages", record.get("negative_passages", []))
     counts = Counter(queries=1, candidates=len(candidates), judged=len(to_judge),
                      human=len(candidates) - len(to_judge))
+    counts["positives"] = sum(passage["docid"] in positives for passage in listed)
     answers = await judge_all(llms, record, to_judge, args, counts)
     counts.update(f"grade {verdict['grade']}" for verdict, _ in answers if verdict)
     answer_of = {c["docid"]: answer for c, answer in zip(to_judge, answers)}
@@ -181,6 +184,7 @@ def report(args, table, reasons, llms):
         rate = n["removed"] / max(1, n["candidates"])
         say(f"{lang}: {n['candidates']} candidates, removed {n['removed']} ({rate:.1%}), kept {n['kept']}, "
             f"human {n['human']}, unjudged {n['unjudged']}"
+            + (f"; {n['positives']} more are positives, left out" if n["positives"] else "")
             + (f", relabelled as positives {n['relabelled']}" if args.relabel_at else ""))
     for reason, n in reasons.most_common(10):
         say(f"unjudged: {n} x {reason}")

@@ -104,9 +104,11 @@ class Query:
         self.why = Counter()  # what became of answers and found passages
         relevant = record["positive_passages"] + self.record["false_negatives"]
         self.known = set().union(*map(marks, relevant))
-        for passage in record.get("negative_passages", []):
+        given = record.get("negative_passages", [])
+        for passage in given:
             self.add(passage)
         self.n_given = len(self.record["negative_passages"])
+        self.n_left_out = len(given) - self.n_given  # beyond N, or there already
 
     def add(self, passage):
         """Take it where one is missing: no positive or false negative, none that is there already."""
@@ -386,12 +388,13 @@ async def generate_all(short, ensemble, args):
     return calls
 
 
-def finished(short, sources, args):
-    """Yield the grown records, and count the sources of their negatives on the way."""
+def finished(short, sources, left_out, args):
+    """Yield the grown records, and count on the way the sources of their negatives, and what was left out."""
     grown = {(lang, query.record["query_id"]): query for lang, queries in short.items() for query in queries}
     for record in common.read_queries(args.input, args.lang, args.limit):
         query = grown.get((record["lang"], record["query_id"])) or Query(record, args.target)
         sources[record["lang"]].update(p.get("source", "given") for p in query.record["negative_passages"])
+        left_out[record["lang"]] += query.n_left_out
         yield query.record
 
 
@@ -421,12 +424,12 @@ def cosines(lang, queries, ensemble, args):
     return table
 
 
-def report(output, n_queries, short, sources, ensemble, calls, args):
+def report(output, n_queries, short, sources, left_out, ensemble, calls, args):
     """The drift report: by language the sources, what was rejected, how near negatives are; some examples."""
     by_lang = {}
     for lang in sorted(n_queries):
         n_generated = sources[lang]["generated-query"] + sources[lang]["written"]
-        row = {"queries": n_queries[lang], "short": len(short[lang]),
+        row = {"queries": n_queries[lang], "short": len(short[lang]), "given_left_out": left_out[lang],
                "generated_percent": round(100 * n_generated / max(1, sources[lang].total()), 1),
                "sources": dict(sources[lang]),
                "outcomes": dict(sum((query.why for query in short[lang]), Counter()))}
@@ -468,9 +471,9 @@ def main(argv=None):
         return
     ensemble = search.from_flags(args)
     calls = asyncio.run(generate_all(short, ensemble, args)) if short else {}
-    sources = defaultdict(Counter)
-    output.write(finished(short, sources, args))
-    report(output, n_queries, short, sources, ensemble, calls, args)
+    sources, left_out = defaultdict(Counter), Counter()
+    output.write(finished(short, sources, left_out, args))
+    report(output, n_queries, short, sources, left_out, ensemble, calls, args)
 
 
 if __name__ == "__main__":

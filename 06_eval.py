@@ -98,6 +98,9 @@ def read_questions(args, queries_path, qrels_paths):
         n_unknown = len(set(asked) - set(queries[lang]))
         if n_unknown:
             say(f"{path}: {n_unknown} queries are not in {queries_path}; they count 0")
+        n_left_out = len(queries[lang].keys() - set(asked))
+        if n_left_out:
+            say(f"{queries_path}: {n_left_out} {lang} queries have no relevant passage in {path}; left out")
     return queries, qrels
 
 

@@ -415,6 +415,16 @@ def test_sigkill_loses_and_repeats_nothing(tmp_path):
 # ---- nothing is paid for twice
 
 
+def test_candidates_that_are_positives_are_left_out_and_told(tmp_path, capsys):
+    rows = records(2, 3, 0)
+    rows[1]["candidate_passages"] += rows[1]["positive_passages"]
+    write(tmp_path / "in.jsonl", rows)
+    with Running() as server:
+        out = filter_(tmp_path, server.url)
+        assert len(server.bodies) == 6 and meta(out)["candidates"] == 6
+    assert "th: 3 candidates, " in (said := capsys.readouterr().err) and said.count("2 more are positives") == 1
+
+
 def test_other_thresholds_and_concurrency_ask_nothing(tmp_path, capsys):
     write(tmp_path / "in.jsonl", records(4))
     with Running() as server:

@@ -175,6 +175,7 @@ def test_queries_that_are_not_short_cost_no_call_and_keep_their_first_n(data, se
     n_asked = len(server.seen)
     records, counts = generate(data, server, source="full.jsonl", out="again.jsonl", target=9)
     assert len(server.seen) == n_asked and counts["short_at_first"] == 0
+    assert sum(row["given_left_out"] for row in counts["by_lang"].values()) == 3 * len(records)  # of 12
     assert [r["negative_passages"] for r in records] == [
         r["negative_passages"][:9] for r in read(data / "full.jsonl")
     ]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections import defaultdict
 from pathlib import Path
 
@@ -377,6 +378,16 @@ def test_a_language_whose_queries_are_some_of_anothers_is_evaluated_and_counted(
     metrics = evaluate(stage, tmp_path, tmp_path / "eval", made / "a")
     assert metrics["models"]["a"]["th"]["queries"] == metrics["models"]["a"]["sw"]["queries"] == 5
     assert metrics["settings"]["cut"]["a"] == {"query": 0, "passage": 0}
+
+
+def test_queries_that_do_not_count_are_told(made, stage, tmp_path, capsys):
+    shutil.copytree(made / "data", tmp_path / "data")
+    qrels = tmp_path / "data/qrels/dev/th.tsv"
+    lines = qrels.read_text("utf-8").splitlines(keepends=True)
+    qrels.write_text("".join(line for line in lines if not line.startswith("4\t")) + "x\t0\t0#0\t1\n", "utf-8")
+    evaluate(stage, tmp_path, tmp_path / "eval", made / "a", "--lang", "th")
+    said = capsys.readouterr().err
+    assert "1 queries are not in" in said and "dev.jsonl: 2 th queries have no relevant passage" in said
 
 
 def test_languages_without_training_queries_are_marked_zero_shot(made):

@@ -333,7 +333,12 @@ class Encoder:
         transformer = self.model[0]
         own = {"query": transformer.query_length, "passage": transformer.document_length}
         limit = {kind: min(n, own[kind] or n, self.model.max_seq_length) for kind, n in self.asked.items()}
-        return {kind: int(self.given.get(f"{kind}_max_len", n)) for kind, n in limit.items()}
+        used = {kind: int(self.given.get(f"{kind}_max_len", n)) for kind, n in limit.items()}
+        n_positions = getattr(transformer.model.config, "max_position_embeddings", None) or max(used.values())
+        if max(used.values()) > n_positions:
+            raise DataError(f"{self.name}: --settings gives {max(used.values())} tokens, the model has "
+                            f"{n_positions} positions; give less")
+        return used
 
     @cached_property
     def digest(self):

@@ -327,6 +327,8 @@ def test_settings_override_the_maker_and_each_changes_the_vectors(tmp_path):
     ):
         with pytest.raises(DataError, match="--settings"):
             Encoder(folder, "cpu", settings=[wrong])
+    with pytest.raises(DataError, match="gives 129 tokens, the model has 128 positions"):
+        Encoder(folder, "cpu", settings=["passage_max_len=129"]).encode(["w1 " * 200], "passage")
 
 
 def test_flags_reach_the_encoder(tmp_path):

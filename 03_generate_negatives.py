@@ -197,9 +197,9 @@ class Guard:
 
     def closeness(self, text, about):
         """Share of passages that have no more of the text's telling runs than `about` has, in [0, 1]."""
-        weight = {run: math.log((self.n_texts + 1) / (self.seen[run] + 1)) ** 2
-                  for run in sorted(self.runs(text))}  # a sum depends on the order
-        own, *others = (sum(weight[run] for run in weight if run in runs)
+        own_runs = self.runs(text)
+        weight = {run: math.log((self.n_texts + 1) / (self.seen[run] + 1)) ** 2 for run in own_runs}
+        own, *others = (math.fsum(weight[run] for run in own_runs & runs)  # in any order the same sum
                         for runs in (self.runs(about), *self.others))
         return sum(other <= own for other in others) / len(others) if own else 0
 

@@ -69,9 +69,11 @@ def check(lines, records, batch_size=24, topic_power=0):
         marks[key] = {" ".join(r["query"].casefold().split())} | {
             (r["lang"], p["docid"]) for p in r["positive_passages"]
         }
-    of_lang, steps = defaultdict(set), Counter()
+    of_lang, topics, steps = defaultdict(set), defaultdict(set), Counter()
     for key in of:
         of_lang[key[0]].add(key)
+        topics[key[0]].add(of[key]["topic"])
+        topics["mixed"].add(of[key]["topic"])
     for line in lines:
         keys = list(zip(line["langs"], line["query_ids"], strict=True))
         lang = line["lang"]
@@ -84,6 +86,9 @@ def check(lines, records, batch_size=24, topic_power=0):
             assert not taken & marks[key], "no positive and no question in common"
             taken |= marks[key]
         counts = Counter(line["topics"])
+        least = min(counts[topic] for topic in topics[lang])
+        if len(keys) == batch_size and (topic_power or least + 1 >= max(counts.values())):
+            continue  # full and even: whatever else would have fitted
         for key in (set(of) if lang == "mixed" else of_lang[lang]) - set(keys):
             if taken & marks[key]:
                 continue  # it would not have fitted

@@ -206,7 +206,7 @@ def load_tokenizer(name):
 
 
 def check_kind(folder):
-    """ValueError for rerankers, sparse and late-interaction models, which load with a pooling of no meaning."""
+    """ValueError for rerankers, sparse and late-interaction models, which would load with a vain pooling."""
     kind = read_json(folder / "config_sentence_transformers.json").get("model_type", "SentenceTransformer")
     if not (folder / "modules.json").is_file():
         architectures = str(read_json(folder / "config.json").get("architectures"))

@@ -162,6 +162,7 @@ class LLM:
                "seed": None, "top_p": None, "response_format": None}  # of a parameter that a server refuses
     ABOUT_PROMPT = re.compile(r"context.?(length|size|window)|too.?(long|large|many)|exceed|`inputs`|"
                               r"token.?(count|limit)|content.?(filter|management|policy)|safety", re.I)
+    NO_SYSTEM = re.compile(r"system role|role.{0,30}system|'system'|roles must alternate", re.I)
     TO_TRY = {"cut off": """--llm-settings '{"max_tokens": 16000}' or '{"reasoning_effort": "low"}'""",
               "unparsable": "a model that follows instructions, or --llm-settings "
                             """'{"chat_template_kwargs": {"enable_thinking": false}}' for one that thinks""",
@@ -187,6 +188,7 @@ class LLM:
         self.client = None
         self.reached = set()  # the kinds of request that were answered
         self.refused = {}  # parameters, in order
+        self.has_system = True  # whether the model takes system messages
         set_by_user = {"max_tokens", "max_completion_tokens"} & self.settings.keys()
         self.more_tokens = 0 if set_by_user else None  # beyond those asked for; None: not known yet
         self.repeats = None  # whether the server gives the same useless answer each time, once known
@@ -390,6 +392,10 @@ class LLM:
                 self._note_late(started)
                 if self.reached:
                     return "", told  # it gives its slot back, and is asked again later
+            if status != 200 and self.has_system and self.NO_SYSTEM.search(told):
+                self.has_system = False
+                say(f"{self.model}: no system message is taken ({told}); it opens the user's from now on")
+                continue
             if status in (400, 413, 422):
                 about_prompt = self.ABOUT_PROMPT.search(told)
                 new = kind not in self.reached  # what the server has taken before is not what it refuses
@@ -458,6 +464,9 @@ class LLM:
             value = body.pop(name, None)
             if value is not None and self.INSTEAD[name]:
                 body[self.INSTEAD[name]] = value
+        if not self.has_system:
+            text = "\n\n".join(message["content"] for message in body["messages"])
+            body["messages"] = [{"role": "user", "content": text}]
         return body
 
     def _adapt(self, sent, told):

@@ -422,7 +422,8 @@ def test_candidates_that_are_positives_are_left_out_and_told(tmp_path, capsys):
     with Running() as server:
         out = filter_(tmp_path, server.url)
         assert len(server.bodies) == 6 and meta(out)["candidates"] == 6
-    assert "th: 3 candidates, " in (said := capsys.readouterr().err) and said.count("2 more are positives") == 1
+    said = capsys.readouterr().err
+    assert "th: 3 candidates, " in said and said.count("2 more are positives") == 1
 
 
 def test_other_thresholds_and_concurrency_ask_nothing(tmp_path, capsys):

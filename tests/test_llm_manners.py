@@ -49,6 +49,8 @@ def reply(manner, body, number):
         return refuse("max_tokens", "not supported with this model. Use 'max_completion_tokens' instead")
     if kind == "like gpt-5" and body.get("temperature", 1) != 1:
         return refuse("temperature")
+    if kind == "no system" and body["messages"][0]["role"] == "system":
+        return int(what[:3]), {"error": {"message": what[5:], "code": int(what[:3])}}
     if kind == "422" and "seed" in body:
         told = {"loc": ["body", "seed"], "msg": "Extra inputs are not permitted", "input": body}
         return 422, {"detail": [told]}
@@ -173,7 +175,9 @@ PLAIN = ["plain", "think", "think, not opened", "parts", "extra key", "strings",
          "fence"]
 LEARNED = {  # calls beyond one a candidate
     "reasoning parser": 1, "think, cut off": 1, "refuses: max_tokens": 1, "refuses: temperature": 1,
-    "refuses: response_format": 1, "like gpt-5": 2}
+    "refuses: response_format": 1, "like gpt-5": 2, "no system: 400, System role not supported": 1,
+    "no system: 500, Conversation roles must alternate user/assistant/user/assistant/...": 1,
+    "no system: 400, 'messages[0].role' does not support 'system' with this model": 1}
 
 
 @pytest.mark.parametrize("manner", [*PLAIN, *LEARNED])

@@ -243,7 +243,11 @@ def load_model(folder, device):
                                     model_kwargs={"dtype": torch.float32})
         if not any(isinstance(module, Pooling) for module in model):
             raise ValueError("it is no transformer with a pooling, which gives a vector a text")
-        n_tokens = len(check_tokenizer(model.tokenizer))
+        tokenizer = check_tokenizer(model.tokenizer)
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # whatever it is, it is masked
+        if tokenizer.pad_token is None:
+            raise ValueError("its tokenizer has neither a padding nor an end token")
+        n_tokens = len(tokenizer)
         n_rows = model[0].model.get_input_embeddings().num_embeddings
         if n_tokens > n_rows:
             raise ValueError(f"its tokenizer has {n_tokens} tokens, its model {n_rows}: files of two models")

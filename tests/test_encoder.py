@@ -469,6 +469,18 @@ def test_models_of_another_kind_are_refused(tmp_path, kind, message):
         Encoder(str(folder), "cpu").encode(["w1"], "query")
 
 
+def test_a_tokenizer_without_a_padding_token_pads_with_its_end(tmp_path):
+    folder = Path(random_llama(tmp_path / "model", WORDS))
+    before = Encoder(str(folder), "cpu").encode(texts(9), "query")
+    settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    del settings["pad_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
+    with pytest.raises(DataError, match="neither a padding nor an end token"):
+        Encoder(str(folder), "cpu").encode(texts(9), "query")
+    change_json(folder / "tokenizer_config.json", eos_token="[SEP]")
+    assert np.allclose(Encoder(str(folder), "cpu").encode(texts(9), "query"), before, atol=1e-5)
+
+
 def test_missing_weights_are_told_however_quiet_transformers_is(tmp_path):
     folder = Path(sentence_transformer(tmp_path / "model", WORDS, dense=8))
     rename_weights(folder)

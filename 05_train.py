@@ -360,7 +360,7 @@ def validate(encoder, dev_queries, file):
 def train(args, encoder, queries, dev_queries, folder, run_key):
     """Train in place, best epoch in best.pt; returns the state. Draws depend on seed and step alone."""
     import torch
-    model, parameters = encoder.model, list(encoder.model.parameters())
+    model, parameters = encoder.model, encoder.trainable()
     optimizer = torch.optim.Adam(parameters, fused=True)
     state, log = resume(folder, model, optimizer, run_key)
     file, weight_of = open(args.input, "rb"), weights(queries, args)

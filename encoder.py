@@ -331,6 +331,13 @@ class Encoder:
                 module.pooling_mode = self.pooling
         return model
 
+    def trainable(self):
+        """The model's parameters; DataError where they are frozen, as a LoRA adapter's base is."""
+        parameters = list(self.model.parameters())
+        if not any(parameter.requires_grad for parameter in parameters):
+            raise DataError(f"{self.folder}: an adapter, whose weights are frozen; merge it into its base")
+        return parameters
+
     @cached_property
     def max_len(self):
         """Tokens that are read of a query and of a passage: as asked, and at most the maker's limit."""

@@ -412,6 +412,22 @@ def test_bad_encoders_and_flags_are_one_line(made, capsys):
     assert not list(made.glob("bad*"))
 
 
+def test_an_adapter_is_read_as_its_base_with_it_and_not_trained(made, capsys):
+    from peft import LoraConfig
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(made / "encoder"), device="cpu")
+    before = model.encode(["ไทย วัด"])
+    model.add_adapter(LoraConfig("FEATURE_EXTRACTION", target_modules="all-linear", init_lora_weights=False))
+    model.save(str(made / "adapter"))
+    vectors = Encoder(str(made / "adapter"), "cpu").encode(["ไทย วัด"], "passage")
+    assert np.allclose(vectors, model.encode(["ไทย วัด"], normalize_embeddings=True), atol=1e-5)
+    assert not np.allclose(vectors, before, atol=1e-2)
+    line = one_line(capsys, arguments(made, "of adapter", encoder="adapter"))
+    assert "adapter: an adapter, whose weights are frozen; merge" in line
+    assert not (made / "of adapter").exists()
+
+
 def test_patience_stops_early_and_keeps_the_best_epoch(made, monkeypatch):
     scores, best = iter([0.2, 0.6, 0.5, 0.4, 0.9]), {}
 

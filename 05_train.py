@@ -26,7 +26,7 @@ import numpy as np
 from common import (DataError, Output, Parser, atomic, atomic_folder, dump, normalise, numbered_queries,
                     parse_query, positive_float, positive_int, progress, read_lines, run, say, share,
                     text_key, whole)
-from encoder import encoder_flags, faster, from_flags, keep_blocks, model_digests, usable
+from encoder import CPU_TOKENS, encoder_flags, faster, from_flags, keep_blocks, model_digests, usable
 from search import gather, world
 
 DEV_QUERIES = 100  # held-out queries a language that validation reads, whose passages they search
@@ -291,7 +291,8 @@ class Embedding:
         self.token_ids = encoder.tokenize(texts, kind)
         length = [len(ids) for ids in self.token_ids]
         self.n_tokens = sum(length)
-        budget = args.chunk_tokens or len(texts) * max(length) // 4
+        most = 2 * CPU_TOKENS if encoder.device == "cpu" else math.inf  # fits its caches: 10% less time
+        budget = args.chunk_tokens or min(len(texts) * max(length) // 4, most)
         self.chunks = []  # of row numbers
         for row in sorted(range(len(texts)), key=lambda row: length[row])[RANK::WORLD]:
             if not self.chunks or (len(self.chunks[-1]) + 1) * length[row] > budget:
@@ -300,13 +301,12 @@ class Embedding:
         with torch.set_grad_enabled(args.chunk_tokens is None):
             parts = list(self.forward())
         self.parts = self.forward() if args.chunk_tokens else parts  # runs again in backward(), or is there
-        width = encoder.model.get_embedding_dimension()
-        self.vectors = torch.zeros(len(texts), width, device=encoder.device)  # a leaf of the graph
+        self.vectors = torch.zeros(len(texts), encoder.model.get_embedding_dimension(), device=encoder.device)
         for rows, part in zip(self.chunks, parts):
             self.vectors[rows] = part.detach()
         if WORLD > 1:
             torch.distributed.all_reduce(self.vectors)  # each row has one owner, the others add zeros
-        self.vectors.requires_grad_()
+        self.vectors.requires_grad_()  # a leaf of the graph
 
     def forward(self):
         """Yield the vectors of each chunk. Dropout is seeded by chunk: a second time gives the same."""

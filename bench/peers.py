@@ -677,6 +677,7 @@ if __name__ == "__main__":
         job = json.loads(sys.argv[2])
         if job.get("root"):
             sys.path.insert(0, job["root"])
+            import common  # noqa: F401 - its environment comes before torch, as in every stage
         print(json.dumps(globals()[job["do"]](job)))
     else:
         sys.path[:0] = [str(ROOT), str(ROOT / "bench")]

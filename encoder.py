@@ -306,7 +306,7 @@ class Encoder:
             say(f"{self.name}: not in sentence-transformers' files in its folder, so assumed by name: "
                 + json.dumps(self.assumed)[1:-1])
         unused = other_prompts(self.folder)
-        if unused and is_first and not used["query_prefix"] + used["passage_prefix"]:
+        if unused and is_first and not (used["query_prefix"] or used["passage_prefix"]):
             say(f"{self.name}: none of its prompts ({', '.join(unused)}) is named query or document, so none "
                 "is used; name one with --settings query_prefix=... passage_prefix=...")
         self.pooling = used["pooling"]
@@ -347,8 +347,8 @@ class Encoder:
         used = {kind: int(self.given.get(f"{kind}_max_len", n)) for kind, n in limit.items()}
         n_positions = getattr(transformer.model.config, "max_position_embeddings", None) or max(used.values())
         if max(used.values()) > n_positions:
-            raise DataError(f"{self.name}: --settings gives {max(used.values())} tokens, the model has "
-                            f"{n_positions} positions; give less")
+            raise DataError(f"{self.name}: {max(used.values())} tokens asked for, the model has "
+                            f"{n_positions} positions; ask for less")
         return used
 
     @cached_property

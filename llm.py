@@ -502,14 +502,15 @@ def digest(request):
 
 # How thinking ends and begins where a server leaves it in the answer: that of Qwen and DeepSeek, Magistral,
 # Kimi, gpt-oss (with its marks, and without)
-THOUGHT_ENDS = re.compile(r"(?s).*(</think(ing)?>|\[/THINK\]|◁/think▷|<\|channel\|>final<\|message\|>)|"
-                          r"\Aanalysis.*assistantfinal")
+THOUGHT_ENDS = re.compile(  # from the text's beginning: every other start would cost its whole length again
+    r"(?s)\A(.*(</think(ing)?>|\[/THINK\]|◁/think▷|<\|channel\|>final<\|message\|>)|"
+    r"analysis.*assistantfinal)")
 THOUGHT_BEGINS = re.compile(r"<think(ing)?>|\[THINK\]|◁think▷|<\|channel\|>|<\|(end|return)\|>")
 
 
 def without_thoughts(text):
     """What follows the last thought, its beginning told or not; of thinking that never ended, nothing."""
-    answer = THOUGHT_ENDS.sub("", text, count=1)
+    answer = THOUGHT_ENDS.sub("", text)
     begins = THOUGHT_BEGINS.search(answer)
     return answer[:begins.start()] if begins else answer
 

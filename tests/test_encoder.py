@@ -327,7 +327,7 @@ def test_settings_override_the_maker_and_each_changes_the_vectors(tmp_path):
     ):
         with pytest.raises(DataError, match="--settings"):
             Encoder(folder, "cpu", settings=[wrong])
-    with pytest.raises(DataError, match="gives 129 tokens, the model has 128 positions"):
+    with pytest.raises(DataError, match="129 tokens asked for, the model has 128 positions"):
         Encoder(folder, "cpu", settings=["passage_max_len=129"]).encode(["w1 " * 200], "passage")
 
 

@@ -4,7 +4,7 @@
 # make all ENCODER=intfloat/multilingual-e5-small
 #                     the same with a real encoder, from the hub or a folder of it; stage 05 tells how long it takes
 # make miracl         the paper's setting on full MIRACL: prints disk, GPU hours, calls, tokens, money, and stops; CONFIRM=1 starts it
-# make test           the tests (10 minutes on two cores)
+# make test           the tests (10 to 15 minutes on two cores)
 # make data | candidates | filtered | augmented | topics | model | eval     up to one stage
 # make ablations      the rows of the paper's tables on $(DATA) and $(RUN), three seeds; resumable, under two hours on two cores
 # make judge-quality  how good must the judge be? a labelled simulation on $(DATA); resumable, under half an hour on two cores

@@ -636,7 +636,9 @@ def parse_judgment(text, shown=()):
     stands in prose and in a passage that the model was shown: it may be copied.
     """
     text = re.sub(r"^```(?:json)?\s*|\s*```$", "", text.strip())
-    found = [(answer, source) for answer, source in json_objects(text) if answer.keys() & set(SCORES)]
+    found = [({name.casefold(): score for name, score in answer.items()}, source)
+             for answer, source in json_objects(text)]
+    found = [(answer, source) for answer, source in found if answer.keys() & set(SCORES)]
     judgments = {tuple(read_score(answer.get(name)) for name in SCORES) for answer, _ in found}
     if len(judgments) != 1:
         return None

@@ -414,7 +414,7 @@ class Encoder:
         """(N, D) float32 vectors of N lists of token ids, through the model's own modules, on the device."""
         import torch
         features = self.model.tokenizer.pad({"input_ids": token_ids}, return_attention_mask=True,
-                                      return_tensors="pt")
+                                            return_tensors="pt")
         features = {name: tensor.to(self.device) for name, tensor in features.items()}         # (N, L)
         features["prompt_length"] = self.n_prompt[kind]
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.dtype == "bf16"):

@@ -384,7 +384,8 @@ def test_queries_that_do_not_count_are_told(made, stage, tmp_path, capsys):
     shutil.copytree(made / "data", tmp_path / "data")
     qrels = tmp_path / "data/qrels/dev/th.tsv"
     lines = qrels.read_text("utf-8").splitlines(keepends=True)
-    qrels.write_text("".join(line for line in lines if not line.startswith("4\t")) + "x\t0\t0#0\t1\n", "utf-8")
+    lines = [line for line in lines if not line.startswith("4\t")]
+    qrels.write_text("".join(lines) + "x\t0\t0#0\t1\n", "utf-8")
     evaluate(stage, tmp_path, tmp_path / "eval", made / "a", "--lang", "th")
     said = capsys.readouterr().err
     assert "1 queries are not in" in said and "dev.jsonl: 2 th queries have no relevant passage" in said

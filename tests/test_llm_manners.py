@@ -234,7 +234,8 @@ def test_any_400_after_an_answer_is_about_its_prompt(tmp_path):
 def test_an_error_in_a_200_is_waited_out_or_told(tmp_path, monkeypatch, manner):
     calls, n, right, unjudged, status = judged(tmp_path, manner, n=1)
     assert (right, unjudged, status) == (n, 0, 0) and calls < 2 * n
-    assert "empty answers" not in meta(tmp_path / "out.jsonl")["calls"]["judge"]  # a server's, no model's fault
+    calls_of_judge = meta(tmp_path / "out.jsonl")["calls"]["judge"]
+    assert "empty answers" not in calls_of_judge  # it is the server's fault, no model's
     monkeypatch.setattr(llm.LLM, "RETRIES_AT_FIRST", 1)
     calls, *_, status = judged(tmp_path, "always error in 200", "--cache", tmp_path / "c2", "--overwrite")
     assert calls == 2 and "keeps failing (200: Upstream error: model overloaded)" in status

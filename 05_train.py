@@ -194,8 +194,7 @@ def write_batches(path, plan):
     with atomic(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
         for step, (lang, batch, _) in enumerate(plan, 1):
             file.write(dump({"step": step, "lang": lang, "query_ids": [query.query_id for query in batch],
-                             "topics": [query.topic for query in batch],
-                             "langs": [query.lang for query in batch]}))
+                             "topics": [q.topic for q in batch], "langs": [q.lang for q in batch]}))
 
 
 def choose(record, visit, args):
@@ -322,12 +321,12 @@ class Embedding:
 
 
 def share_gradients(parameters):
-    """Add up the gradients of the processes, each of which has those of its texts."""
+    """Add up the gradients of the processes, each of which has those of its texts, if any; all dense."""
     import torch
-    for parameter in parameters if WORLD > 1 else ():
-        if parameter.grad is None:  # nothing reads it, or this process had no text
-            parameter.grad = torch.zeros_like(parameter)
-        torch.distributed.all_reduce(parameter.grad)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.to_dense()
+        if WORLD > 1:
+            torch.distributed.all_reduce(parameter.grad)
 
 
 def validate(encoder, dev_queries, file):
@@ -468,8 +467,9 @@ def main(argv=None):
     args.temperature = args.temperature or encoder.default_temperature
     if args.gradient_checkpointing:
         encoder.model.gradient_checkpointing_enable()
-    if encoder.device == "cpu":  # torch's own attention computes in fp32 where there is dropout
-        encoder.model[0].model.set_attn_implementation("eager")
+    if encoder.device == "cpu":
+        encoder.model[0].model.set_attn_implementation("eager")  # torch's is of fp32 where there is dropout
+        encoder.model[0].model.get_input_embeddings().sparse = True  # else each chunk adds up a whole table
     keep_blocks(1 << 30)
     with faster(encoder.device == "cpu"):
         state = train(args, encoder, queries, dev_queries, folder, output.key(output.meta))

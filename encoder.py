@@ -83,37 +83,53 @@ def pick_device(name):
 
 
 def faster(on_cpu):
-    """A context in which a CPU computes fp32 products and dropout faster, forward and backward; else empty.
+    """A context in which a CPU computes fp32 linear layers, and dropout, faster; elsewhere an empty one.
 
     torch gives fp32 products to MKL, which is half as fast as oneDNN on AMD, and draws dropout's numbers
-    one after the other. Values are equal to rounding; a mask takes 16 random bits an element.
+    one after the other. Values are equal to rounding; dropout takes 16 random bits an element.
     """
     import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.nn import functional
+    from torch.overrides import TorchFunctionMode
     if not on_cpu or not torch.backends.mkldnn.is_available():
         return contextlib.nullcontext()
-    aten = torch.ops.aten
 
     def product(a, b, bias=None):
-        """(N, M) = (N, K) @ (K, M) + (M,)"""
-        if not a.is_contiguous() and len(a) > b.shape[1]:  # a weight's gradient: faster this way
-            return torch.ops.mkldnn._linear_pointwise(b.t(), a, None, "none", [], "").t()
-        return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+        """(N, M) = (N, K) @ (M, K).T + (M,)"""
+        return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
 
-    def draw(x, p=0.5):
-        """x filled in place with 1, by chance p, else 0."""
-        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2**63, None).view(torch.int16)
-        return x.copy_((bits[:x.numel()] < p * 2**16 - 2**15).view(x.shape))
+    class Linear(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight, bias):
+            ctx.save_for_backward(x, weight)
+            return product(x, weight, bias)
 
-    class Faster(TorchDispatchMode):
-        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-            if kwargs:  # scales, a generator
-                return op(*args, **kwargs)
-            if op is aten.mm.default and args[0].dtype == torch.float32:
-                return product(*args)
-            if op is aten.addmm.default and args[0].dtype == torch.float32 and args[0].dim() == 1:
-                return product(args[1], args[2], args[0])
-            return draw(*args) if op is aten.bernoulli_.float else op(*args)
+        @staticmethod
+        def backward(ctx, grad):
+            x, weight = ctx.saved_tensors
+            x_t, grad_t = x.flatten(0, -2).t(), grad.flatten(0, -2).t()                  # (K, N), (M, N)
+            wide = len(x_t) >= len(grad_t)
+            of_weight = product(grad_t, x_t) if wide else product(x_t, grad_t).t()       # (M, K)
+            return product(grad, weight.t()), of_weight, grad_t.sum(1) if ctx.needs_input_grad[2] else None
+
+    def linear(x, weight, bias=None):
+        in_fp32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        return Linear.apply(x, weight, bias) if in_fp32 else functional.linear(x, weight, bias)
+
+    def dropout(x, p=0.5, training=True, inplace=False):
+        if not training or not 0 < p < 1:
+            return functional.dropout(x, p, training, inplace)
+        seed = int(torch.randint(2**63 - 1, ()))
+        bits = np.random.SFC64(seed).random_raw(x.numel() // 4 + 1).view(np.int16)[:x.numel()]
+        kept = torch.from_numpy(bits) >= int(p * 2**16) - 2**15
+        kept = kept.view(torch.uint8).to(x.dtype)  # from bool it would take 8 times as long
+        return x * kept.div_(1 - p).view(x.shape)
+
+    class Faster(TorchFunctionMode):
+        ours = {functional.linear: linear, functional.dropout: dropout}
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            return self.ours.get(function, function)(*args, **(kwargs or {}))
 
     return Faster()
 
@@ -439,8 +455,8 @@ class Encoder:
             size = max(1, budget // max(1, len(token_ids[order[0]])))
             rows = order[:size]
             order = order[size:]
-            if np.isnan(vectors[rows]).any():  # no inference_mode: it hides the products from faster
-                with torch.no_grad(), faster(self.device == "cpu" and self.dtype == "fp32"):
+            if np.isnan(vectors[rows]).any():
+                with torch.inference_mode(), faster(self.device == "cpu"):
                     vectors[rows] = self.forward([token_ids[row] for row in rows], kind).cpu().numpy()
             for row in rows[~np.isfinite(vectors[rows]).all(1)]:
                 raise DataError(f"{self.name}: the vector of {texts[row][:60]!r} is not finite (NaN or "

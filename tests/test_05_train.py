@@ -330,7 +330,9 @@ def test_a_cpu_trains_with_the_faster_products_and_dropout(made):
     with torch.profiler.profile() as profile:
         stage.main(arguments(made, "profiled", "--max-steps", 1, "--dev-share", 0, encoder="dropout"))
     calls = {event.key: event.count for event in profile.key_averages()}
-    assert calls["mkldnn::_linear_pointwise"] > 20 and calls["aten::random_"] == calls["aten::bernoulli_"] > 0
+    assert calls["mkldnn::_linear_pointwise"] > 20
+    assert calls["aten::randint"] > 0 and "aten::bernoulli_" not in calls
+    assert calls["aten::embedding_sparse_backward"] > 0
 
 
 def test_cached_gradients_give_the_same_weights(one_process):

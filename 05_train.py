@@ -359,7 +359,7 @@ def validate(encoder, dev_queries, file):
 def train(args, encoder, queries, dev_queries, folder, run_key):
     """Train in place, best epoch in best.pt; returns the state. Draws depend on seed and step alone."""
     import torch
-    model, parameters = encoder.model, encoder.trainable()
+    model, parameters = encoder.model, encoder.trainable(args.gradient_checkpointing)
     optimizer = torch.optim.Adam(parameters, fused=True)
     state, log = resume(folder, model, optimizer, run_key)
     file, weight_of = open(args.input, "rb"), weights(queries, args)
@@ -465,11 +465,6 @@ def main(argv=None):
     encoder = from_flags(args.encoder, args)
     encoder.similarity = "cosine"  # as the loss wants it, whatever the maker used
     args.temperature = args.temperature or encoder.default_temperature
-    if args.gradient_checkpointing:
-        encoder.model.gradient_checkpointing_enable()
-    if encoder.device == "cpu":
-        encoder.model[0].model.set_attn_implementation("eager")  # torch's is of fp32 where there is dropout
-        encoder.model[0].model.get_input_embeddings().sparse = True  # else each chunk adds up a whole table
     keep_blocks(1 << 30)
     with faster(encoder.device == "cpu"):
         state = train(args, encoder, queries, dev_queries, folder, output.key(output.meta))

@@ -82,17 +82,16 @@ def pick_device(name):
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
 
 
+@contextlib.contextmanager
 def faster(on_cpu):
-    """A context in which a CPU computes fp32 linear layers, and dropout, faster; elsewhere an empty one.
+    """A context in which a CPU computes fp32 linear layers, and dropout, faster; elsewhere nothing changes.
 
     torch gives fp32 products to MKL, which is half as fast as oneDNN on AMD, and draws dropout's numbers
     one after the other. Values are equal to rounding; dropout takes 16 random bits an element.
     """
     import torch
     from torch.nn import functional
-    from torch.overrides import TorchFunctionMode
-    if not on_cpu or not torch.backends.mkldnn.is_available():
-        return contextlib.nullcontext()
+    torchs = functional.linear, functional.dropout
 
     def product(a, b, bias=None):
         """(N, M) = (N, K) @ (M, K).T + (M,)"""
@@ -114,24 +113,23 @@ def faster(on_cpu):
 
     def linear(x, weight, bias=None):
         in_fp32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        return Linear.apply(x, weight, bias) if in_fp32 else functional.linear(x, weight, bias)
+        return Linear.apply(x, weight, bias) if in_fp32 else torchs[0](x, weight, bias)
 
     def dropout(x, p=0.5, training=True, inplace=False):
         if not training or not 0 < p < 1:
-            return functional.dropout(x, p, training, inplace)
+            return torchs[1](x, p, training, inplace)
         seed = int(torch.randint(2**63 - 1, ()))
         bits = np.random.SFC64(seed).random_raw(x.numel() // 4 + 1).view(np.int16)[:x.numel()]
         kept = torch.from_numpy(bits) >= int(p * 2**16) - 2**15
         kept = kept.view(torch.uint8).to(x.dtype)  # from bool it would take 8 times as long
         return x * kept.div_(1 - p).view(x.shape)
 
-    class Faster(TorchFunctionMode):
-        ours = {functional.linear: linear, functional.dropout: dropout}
-
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            return self.ours.get(function, function)(*args, **(kwargs or {}))
-
-    return Faster()
+    try:
+        if on_cpu and torch.backends.mkldnn.is_available():
+            functional.linear, functional.dropout = linear, dropout
+        yield
+    finally:
+        functional.linear, functional.dropout = torchs
 
 
 def model_folder(name):
@@ -347,11 +345,18 @@ class Encoder:
                 module.pooling_mode = self.pooling
         return model
 
-    def trainable(self):
-        """The model's parameters; DataError where they are frozen, as a LoRA adapter's base is."""
+    def trainable(self, checkpointing=False):
+        """The model's parameters, ready to be trained; DataError where they cannot be."""
+        transformer = self.model[0].model
         parameters = list(self.model.parameters())
         if not any(parameter.requires_grad for parameter in parameters):
             raise DataError(f"{self.folder}: an adapter, whose weights are frozen; merge it into its base")
+        if checkpointing:
+            with usable(self.folder, "gradient checkpointing", "leave --gradient-checkpointing out"):
+                transformer.activation_checkpointing_enable()
+        if self.device == "cpu":
+            transformer.set_attn_implementation("eager")  # torch's is of fp32 where there is dropout
+            transformer.get_input_embeddings().sparse = True  # else each chunk adds up a whole table
         return parameters
 
     @cached_property

@@ -335,6 +335,19 @@ def test_a_cpu_trains_with_the_faster_products_and_dropout(made):
     assert calls["aten::embedding_sparse_backward"] > 0
 
 
+def test_gradient_checkpointing_gives_the_same_weights_and_computes_twice(made):
+    """With dropout, whose draws must come again, and with the CPU's own layers, which must come again too."""
+    n_products = {}
+    for out, *flags in (["kept"], ["recomputed", "--gradient-checkpointing"]):
+        with torch.profiler.profile() as profile:
+            flags += ["--max-steps", 2, "--dev-share", 0]
+            stage.main(arguments(made, out, *flags, encoder="dropout"))
+        calls = {event.key: event.count for event in profile.key_averages()}
+        n_products[out] = calls["mkldnn::_linear_pointwise"]
+    assert difference(weights_of(made, "kept"), weights_of(made, "recomputed")) < 1e-6
+    assert n_products["recomputed"] > 1.2 * n_products["kept"]
+
+
 def test_cached_gradients_give_the_same_weights(one_process):
     stage.main(arguments(one_process, "cached", "--batch-size", 8, "--chunk-tokens", 60))
     assert difference(weights_of(one_process, "cached"), weights_of(one_process, "one")) < 5e-5
@@ -412,6 +425,17 @@ def test_bad_encoders_and_flags_are_one_line(made, capsys):
             stage.main(arguments(made, "bad", *flags))
         assert end.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
     assert not list(made.glob("bad*"))
+
+
+def test_a_model_that_cannot_be_checkpointed_says_so(made, capsys):
+    from transformers import MPNetConfig, MPNetModel
+    folder = shutil.copytree(made / "encoder", made / "mpnet")
+    size = len(json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]["vocab"])
+    MPNetModel(MPNetConfig(vocab_size=size, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                           intermediate_size=64)).save_pretrained(folder)
+    stage.main(arguments(made, "mpnet-out", "--max-steps", 1, encoder="mpnet"))
+    line = one_line(capsys, arguments(made, "mpnet-no", "--gradient-checkpointing", encoder="mpnet"))
+    assert "does not support" in line and "leave --gradient-checkpointing out" in line
 
 
 def test_an_adapter_is_read_as_its_base_with_it_and_not_trained(made, capsys):

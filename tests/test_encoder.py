@@ -1,6 +1,5 @@
 """The encoder: sentence-transformers' vectors, settings, what is refused, what is kept on disk."""
 
-import contextlib
 import json
 import logging
 import os
@@ -723,7 +722,12 @@ def test_products_and_dropout_of_a_cpu_are_the_faster_ones_with_the_same_values(
     with torch.profiler.profile() as profile, encoder.faster(True), torch.autocast("cpu", torch.bfloat16):
         layers(x).sum().backward()
     assert "mkldnn::_linear_pointwise" not in {event.key for event in profile.key_averages()}
-    assert isinstance(encoder.faster(False), contextlib.nullcontext)
+    theirs = torch.nn.functional.linear
+    with encoder.faster(False):
+        assert torch.nn.functional.linear is theirs
+    with encoder.faster(True):
+        assert torch.nn.functional.linear is not theirs
+    assert torch.nn.functional.linear is theirs
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9])

@@ -461,7 +461,7 @@ class Encoder:
             rows = order[:size]
             order = order[size:]
             if np.isnan(vectors[rows]).any():
-                with torch.inference_mode(), faster(self.device == "cpu"):
+                with torch.no_grad(), faster(self.device == "cpu"):
                     vectors[rows] = self.forward([token_ids[row] for row in rows], kind).cpu().numpy()
             for row in rows[~np.isfinite(vectors[rows]).all(1)]:
                 raise DataError(f"{self.name}: the vector of {texts[row][:60]!r} is not finite (NaN or "

@@ -248,6 +248,8 @@ def load_model(folder, device):
     logger = logging.getLogger("transformers.modeling_utils")
     logger.setLevel(logging.INFO)  # whatever TRANSFORMERS_VERBOSITY says; from WARNING on it tells of shards
     logger.filters = [refuse]  # falsy: nothing is printed
+    with usable(f"--device {device}", "device", "take auto or cpu"):
+        torch.empty(0, device=device)
     with usable(folder, "encoder"):
         for name in ("config.json", "tokenizer_config.json"):
             if "auto_map" in read_json(folder / name):

@@ -438,6 +438,12 @@ def test_a_model_that_cannot_be_checkpointed_says_so(made, capsys):
     assert "does not support" in line and "leave --gradient-checkpointing out" in line
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_a_device_that_is_not_there_is_told_as_such(made, capsys):
+    line = one_line(capsys, [*arguments(made, "no device"), "--device", "cuda"])
+    assert "--device cuda:0: no device to be used" in line and line.strip().endswith("take auto or cpu")
+
+
 def test_an_adapter_is_read_as_its_base_with_it_and_not_trained(made, capsys):
     from peft import LoraConfig
     from sentence_transformers import SentenceTransformer

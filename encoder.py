@@ -91,7 +91,7 @@ def faster(on_cpu):
     """
     import torch
     from torch.nn import functional
-    torchs = functional.linear, functional.dropout
+    before = functional.linear, functional.dropout
 
     def product(a, b, bias=None):
         """(N, M) = (N, K) @ (M, K).T + (M,)"""
@@ -113,11 +113,11 @@ def faster(on_cpu):
 
     def linear(x, weight, bias=None):
         in_fp32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        return Linear.apply(x, weight, bias) if in_fp32 else torchs[0](x, weight, bias)
+        return Linear.apply(x, weight, bias) if in_fp32 else before[0](x, weight, bias)
 
     def dropout(x, p=0.5, training=True, inplace=False):
         if not training or not 0 < p < 1:
-            return torchs[1](x, p, training, inplace)
+            return before[1](x, p, training, inplace)
         seed = int(torch.randint(2**63 - 1, ()))
         bits = np.random.SFC64(seed).random_raw(x.numel() // 4 + 1).view(np.int16)[:x.numel()]
         kept = torch.from_numpy(bits) >= int(p * 2**16) - 2**15
@@ -129,7 +129,7 @@ def faster(on_cpu):
             functional.linear, functional.dropout = linear, dropout
         yield
     finally:
-        functional.linear, functional.dropout = torchs
+        functional.linear, functional.dropout = before
 
 
 def model_folder(name):

@@ -605,8 +605,8 @@ def judge_messages(query, lang, candidate, reference=None):
 
 
 def read_object(pairs):
-    """For json: an object that gives a key twice says nothing sure."""
-    known = dict(pairs)
+    """For json: keys in small letters; an object that gives one twice says nothing sure."""
+    known = {name.casefold(): value for name, value in pairs}
     return known if len(known) == len(pairs) else dict.fromkeys(known)
 
 
@@ -636,9 +636,7 @@ def parse_judgment(text, shown=()):
     stands in prose and in a passage that the model was shown: it may be copied.
     """
     text = re.sub(r"^```(?:json)?\s*|\s*```$", "", text.strip())
-    found = [({name.casefold(): score for name, score in answer.items()}, source)
-             for answer, source in json_objects(text)]
-    found = [(answer, source) for answer, source in found if answer.keys() & set(SCORES)]
+    found = [(answer, source) for answer, source in json_objects(text) if answer.keys() & set(SCORES)]
     judgments = {tuple(read_score(answer.get(name)) for name in SCORES) for answer, _ in found}
     if len(judgments) != 1:
         return None

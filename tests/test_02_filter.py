@@ -126,6 +126,7 @@ GOOD = {"accuracy": 1, "completeness": 2}
         ('{"accuracy": 1, "completeness": 2, "note": 1}', GOOD),
         ('{"accuracy": "1", "completeness": " 2 "}', GOOD),
         ('{"Accuracy": 1, "COMPLETENESS": 2}', GOOD),
+        ('{"Accuracy": 0, "accuracy": 1, "completeness": 2}', None),
         ('[{"accuracy": 1, "completeness": 2.0}]', GOOD),
         ('```\n{"accuracy": "1.0", "completeness": 2}\n```\nThis is why: {}', GOOD),
         ('{"accuracy": 1.5, "completeness": 2}', None),

@@ -433,6 +433,11 @@ class Encoder:
                 say(f"{self.name}: {n} of {self.n_read[kind]} texts ({kind}) were cut at "
                     f"{self.max_len[kind]} tokens, by --{kind}-max-len or the model's own limit")
 
+    def autocast(self):
+        """The context in which products are of --dtype."""
+        import torch
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.dtype == "bf16")
+
     def forward(self, token_ids, kind):
         """(N, D) float32 vectors of N lists of token ids, through the model's own modules, on the device."""
         import torch
@@ -440,7 +445,7 @@ class Encoder:
                                             return_tensors="pt")
         features = {name: tensor.to(self.device) for name, tensor in features.items()}         # (N, L)
         features["prompt_length"] = self.n_prompt[kind]
-        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.dtype == "bf16"):
+        with self.autocast():
             vectors = self.model(features, task=TASKS[kind])["sentence_embedding"].float()     # (N, D)
         vectors = vectors[:, :self.model.truncate_dim]
         return torch.nn.functional.normalize(vectors, dim=1) if self.similarity == "cosine" else vectors
@@ -458,17 +463,17 @@ class Encoder:
         budget = CPU_TOKENS if self.device == "cpu" else GPU_TOKENS
         if bar is None:
             bar = progress(total=len(texts), desc=f"encode with {self.name}", delay=5, leave=False)
-        while len(order):
-            size = max(1, budget // max(1, len(token_ids[order[0]])))
-            rows = order[:size]
-            order = order[size:]
-            if np.isnan(vectors[rows]).any():
-                with torch.no_grad(), faster(self.device == "cpu"):
+        with torch.no_grad(), faster(self.device == "cpu"), self.autocast():  # around all: casts weights once
+            while len(order):
+                size = max(1, budget // max(1, len(token_ids[order[0]])))
+                rows = order[:size]
+                order = order[size:]
+                if np.isnan(vectors[rows]).any():
                     vectors[rows] = self.forward([token_ids[row] for row in rows], kind).cpu().numpy()
-            for row in rows[~np.isfinite(vectors[rows]).all(1)]:
-                raise DataError(f"{self.name}: the vector of {texts[row][:60]!r} is not finite (NaN or "
-                                f"infinite as {vectors.dtype}); the model is damaged, take another")
-            bar.update(len(rows))
+                for row in rows[~np.isfinite(vectors[rows]).all(1)]:
+                    raise DataError(f"{self.name}: the vector of {texts[row][:60]!r} is not finite (NaN or "
+                                    f"infinite as {vectors.dtype}); the model is damaged, take another")
+                bar.update(len(rows))
         give_back()
 
     def encode(self, texts, kind):

@@ -699,6 +699,21 @@ def test_a_model_changed_in_place_is_another_one(tmp_path, change):
     assert before.keys() == {"model"} and encoder.model_digests([str(folder)]) != before
 
 
+def test_weights_are_cast_to_bf16_once_not_at_every_batch(tmp_path, monkeypatch):
+    def casts_of_weights(tokens):
+        monkeypatch.setattr(encoder, "CPU_TOKENS", tokens)
+        with torch.profiler.profile(record_shapes=True) as profile:
+            ours.encode(texts(12), "passage")
+        events = profile.key_averages(group_by_input_shape=True)
+        sizes = [(event.input_shapes[0], event.count) for event in events if event.key == "aten::_to_copy"]
+        return sum(count for shape, count in sizes if shape in weights)
+
+    ours = Encoder(random_bert(tmp_path / "bert", WORDS), dtype="bf16")
+    layers = [module for module in ours.model.modules() if isinstance(module, torch.nn.Linear)]
+    weights = [list(layer.weight.shape) for layer in layers]
+    assert casts_of_weights(10**6) == casts_of_weights(100) > 0
+
+
 def test_products_and_dropout_of_a_cpu_are_the_faster_ones_with_the_same_values():
     """Forward and backward through two layers, one without a bias; and dropout, of any strides."""
     torch.manual_seed(1)

@@ -369,6 +369,9 @@ class Encoder:
         limit = {kind: min(n, own[kind] or n, self.model.max_seq_length) for kind, n in self.asked.items()}
         used = {kind: int(self.given.get(f"{kind}_max_len", n)) for kind, n in limit.items()}
         n_positions = getattr(transformer.model.config, "max_position_embeddings", None) or max(used.values())
+        for name, module in transformer.model.named_modules():
+            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+                n_positions -= module.padding_idx + 1  # XLM-R counts from there
         if max(used.values()) > n_positions:
             raise DataError(f"{self.name}: {max(used.values())} tokens asked for, the model has "
                             f"{n_positions} positions; ask for less")

@@ -16,7 +16,14 @@ import torch
 import transformers
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
-from tiny_models import LIMIT, random_bert, random_llama, sentence_transformer, sentence_transformers_files
+from tiny_models import (
+    LIMIT,
+    random_bert,
+    random_llama,
+    save_tokenizer,
+    sentence_transformer,
+    sentence_transformers_files,
+)
 
 import encoder
 from common import DataError
@@ -329,6 +336,21 @@ def test_settings_override_the_maker_and_each_changes_the_vectors(tmp_path):
             Encoder(folder, "cpu", settings=[wrong])
     with pytest.raises(DataError, match="129 tokens asked for, the model has 128 positions"):
         Encoder(folder, "cpu", settings=["passage_max_len=129"]).encode(["w1 " * 200], "passage")
+
+
+@pytest.mark.parametrize(("model_class", "n_reserved"), [("Bert", 0), ("XLMRoberta", 1), ("MPNet", 2)])
+def test_positions_that_a_model_reserves_are_not_read(tmp_path, model_class, n_reserved):
+    """XLM-R counts positions from the number of the padding token + 1, here 0 + 1; MPNet always from 2."""
+    folder = tmp_path / "model"
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    words = {"vocab_size": save_tokenizer(folder, WORDS), "max_position_embeddings": 128, "pad_token_id": 0}
+    config = getattr(transformers, f"{model_class}Config")(**size, **words)
+    getattr(transformers, f"{model_class}Model")(config).save_pretrained(folder)
+    least = Encoder(folder, "cpu", settings=[f"passage_max_len={128 - n_reserved}"])
+    assert np.isfinite(least.encode(["w1 " * 200], "passage")).all()
+    match = f"{129 - n_reserved} tokens asked for, the model has {128 - n_reserved} positions"
+    with pytest.raises(DataError, match=match):
+        Encoder(folder, "cpu", settings=[f"passage_max_len={129 - n_reserved}"]).encode(["w1"], "passage")
 
 
 def test_flags_reach_the_encoder(tmp_path):

@@ -290,12 +290,12 @@ class Generation:
             key = self.args.seed, self.lang, query.record["query_id"], self.round, *part, kind, attempt
             digest = hashlib.blake2b(":".join(map(str, key)).encode(), digest_size=4).digest()
             settings = {"max_tokens": MAX_TOKENS[kind], "seed": int.from_bytes(digest) >> 1, **SAMPLING}
-            why = []
-            text = await self.generator.ask(messages, why=why, **settings) or ""
+            text, useless = await self.generator.ask(messages, **settings)
+            text = text or ""
             if kind == "query":
                 text = text.partition("\n")[0]  # models like to explain it below
             text = " ".join(text.split()).strip(' "“”«»')
-            reason = why[0].partition(":")[0] if why else self.guard.reason(text, kind, others, about)
+            reason = useless.partition(":")[0] if useless else self.guard.reason(text, kind, others, about)
             query.why["answers"] += 1
             if reason is None:
                 return text

@@ -137,7 +137,7 @@ async def translate(text, lang, llm, identifier, counts, seed):
                 {"role": "user", "content": f"Language: {language}\n{labelled(Text=text)}"}]
     for attempt in range(TRIES):  # the first without chance
         temperature = 0.7 if attempt else 0
-        answer = await llm.ask(messages, max_tokens=2048, temperature=temperature, seed=seed + attempt)
+        answer, _ = await llm.ask(messages, max_tokens=2048, temperature=temperature, seed=seed + attempt)
         if answer and dict(identifier.rank(answer)).get(lang, 1) >= MIN_LANGUAGE:
             return answer
         counts["another language" if answer else "empty"] += 1

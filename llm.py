@@ -241,13 +241,11 @@ class LLM:
             return None
         return " ".join(str(part) for part in told if part not in (None, self.model)) or None
 
-    async def ask(self, messages, parse=lambda text: text.strip() or None, why=None, wanted="", **settings):
-        """parse(answer), or None where no answer was usable (parse gave None): those are not stored.
+    async def ask(self, messages, parse=lambda text: text.strip() or None, wanted="", **settings):
+        """(parse(answer), None), or (None, the reason) where parse gave None: such answers are not stored.
 
-        why is a list that then gets the reason; wanted is what a model hears whose answer was of no use.
-        DataError where asking on is of no use.
+        wanted is what a model hears whose answer was of no use. DataError where asking on is of no use.
         """
-        why = [] if why is None else why
         settings |= self.settings
         if "max_completion_tokens" in self.settings:
             settings.pop("max_tokens", None)
@@ -255,15 +253,15 @@ class LLM:
         body = {name: setting for name, setting in body.items() if setting is not None}
         key, text = self._stored([self.model, settings, messages])
         value = None if text is None else parse(text)
+        reason = None
         if value is not None:
             self.stats["cached"] += 1
         elif self.instead:
-            why.append(self.instead(self, key, body))
-            return None
+            return None, self.instead(self, key, body)
         else:
-            value = await self._until_usable(key, body, parse, wanted, why)
+            value, reason = await self._until_usable(key, body, parse, wanted)
         self.n_done += 1
-        return value
+        return value, reason
 
     def _stored(self, request):
         """(key, text) of an answer that the model which answers now gave earlier, or (key, None)."""
@@ -300,8 +298,8 @@ class LLM:
         return (f"{self.model}: {self.stats['asked']} calls, {self.stats['cached']} answers from the cache "
                 f"{self.path}{cached}{names and f'; answered by {names}'}{late}")
 
-    async def _until_usable(self, key, body, parse, wanted, why):
-        """What parse gives for the first usable answer, which is stored, or None and the reason in why.
+    async def _until_usable(self, key, body, parse, wanted):
+        """(what parse gives for the first usable answer, which is stored, None), or (None, the reason).
 
         A model is told what was wrong. Then the same request shows whether the server's answers vary: if
         not, no prompt is asked a third time from then on.
@@ -315,7 +313,7 @@ class LLM:
                 if value is not None:
                     self.n_usable += 1
                     self.answers.store(key, text, self.answered_by)
-                    return value
+                    return value, None
                 reason = "unparsable" if text.strip() else "empty"
             self._count_useless(reason, text)
             if reason.startswith("refused by the server"):
@@ -333,8 +331,7 @@ class LLM:
                     *before, last = body["messages"]
                     content = f"{last['content']}\n\nYour last answer was {reason}. {wanted}"
                     request = body | {"messages": [*before, last | {"content": content}]}
-        why.append(reason)
-        return None
+        return None, reason
 
     def _count_useless(self, reason, text):
         """DataError where over half of the answers are of no use: the next ones would be, too."""
@@ -659,12 +656,11 @@ async def judge(llm, query, lang, candidate, reference=None, votes=1):
     draws = [{"temperature": 0}]
     if votes > 1:
         draws = [{"temperature": 0.7, "seed": seed} for seed in range(votes)]
-    why = []
-    answers = [await llm.ask(messages, lambda text: parse_judgment(text, shown), why, WANTED,
+    answers = [await llm.ask(messages, lambda text: parse_judgment(text, shown), WANTED,
                              response_format=JUDGMENT, max_tokens=64, **draw) for draw in draws]
-    ballots = [answer | {"grade": min(answer.values())} for answer in answers if answer]
+    ballots = [answer | {"grade": min(answer.values())} for answer, _ in answers if answer]
     if not ballots:
-        return None, why[0]
+        return None, answers[0][1]
     counts = Counter(ballot["grade"] for ballot in ballots)
     return max(ballots, key=lambda ballot: (counts[ballot["grade"]], ballot["grade"])), None
 

@@ -240,13 +240,8 @@ def bootstrap(differences, seed):
 
 def holm(p_values):
     """The p of several tests after Holm's correction (1979), in their order."""
-    n = len(p_values)
-    corrected = [0.0] * n
-    largest = 0.0
-    for rank, i in enumerate(np.argsort(p_values, kind="stable")):
-        largest = max(largest, min(1.0, (n - rank) * p_values[i]))
-        corrected[i] = round(largest, 5)
-    return corrected
+    from statsmodels.stats.multitest import multipletests
+    return multipletests(p_values, method="holm")[1].round(5).tolist()
 
 
 def significance(values, baselines, seed):

@@ -15,6 +15,7 @@ import csv
 import io
 import random
 from collections import Counter, defaultdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from llm import from_flags, in_order, judge_candidates, judge_flags
 
 def build_parser():
     parser = Parser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=command,
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=partial(Parser, __doc__),
                                      help="each explains its flags with --help")
     part = commands.add_parser("calibrate", help="judge pairs that people have judged").common_flags()
     part.add_argument("--input", required=True, metavar="FILE", help="train.jsonl, or Tevatron's layout")
@@ -39,12 +40,6 @@ def build_parser():
     part = commands.add_parser("score", help="compare filled sheets with the judge and each other")
     part.add_argument("sheets", nargs="+", metavar="SHEET", help="a filled sheet per annotator")
     part.add_argument("--key", required=True, metavar="FILE", help="the key that `sample` wrote")
-    return parser
-
-
-def command(prog):
-    parser = Parser(__doc__)
-    parser.prog = prog
     return parser
 
 

@@ -108,8 +108,8 @@ class Parser(argparse.ArgumentParser):
     class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         pass
 
-    def __init__(self, doc):
-        super().__init__(description=doc, allow_abbrev=False, formatter_class=self.Help)
+    def __init__(self, doc, **more):
+        super().__init__(description=doc, allow_abbrev=False, formatter_class=self.Help, **more)
 
     def parse_args(self, args=None, namespace=None):
         try:

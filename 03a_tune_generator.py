@@ -58,7 +58,7 @@ def build_parser():
     flag = parser.add_argument
     flag("--instructions", required=True, metavar="FILE", help="chat JSONL, or Alpaca's .json or .jsonl")
     flag("--samples", type=positive_int, default=1000, help="instructions drawn of Alpaca's (release)")
-    flag("--translate", type=common.language, nargs="+", metavar="CODE",
+    flag("--translate", type=common.check_lang, nargs="+", metavar="CODE",
          help="only translate, into these languages; en is copied")
     flag("--llm", metavar="NAME", help="translator: model name at the server, for --translate")
     flag("--base", metavar="MODEL", help="causal LM to tune, folder or hub id; paper: Llama-3.1-70B")

@@ -127,7 +127,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--seed", type=seed, default=13, help="seed of every random draw")
         self.add_argument("--limit", type=positive_int, metavar="N",
                           help="use only the first N queries of each language")
-        self.add_argument("--lang", type=language, nargs="+", metavar="CODE",
+        self.add_argument("--lang", type=check_lang, nargs="+", metavar="CODE",
                           help="use only these languages (ISO 639-1 codes); default: all there are")
         self.add_argument("--overwrite", action="store_true",
                           help="redo a finished output, or replace a file that this script did not make")
@@ -142,10 +142,6 @@ def positive_int(text, least=1, most=10**9):
 
 whole = functools.partial(positive_int, least=0)
 seed = functools.partial(positive_int, least=0, most=2**32 - 1)  # what every library takes
-
-
-def language(text):
-    return check_lang(text, "--lang or --translate")
 
 
 def finite(text):
@@ -266,7 +262,7 @@ def check_passage(passage, where):
         check_text({key: ""} | passage, key, where, empty=True)
 
 
-def check_lang(lang, where):
+def check_lang(lang, where="--lang or --translate"):
     """The language; DataError unless it is a code."""
     if not isinstance(lang, str) or not LANG.fullmatch(lang):
         raise DataError(f"{where}: 'lang' {str(lang)[:20]!r} cannot name a file; want a code such as sw")

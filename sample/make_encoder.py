@@ -28,9 +28,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import (DataError, Parser, atomic_folder, corpus_files, corpus_languages, digest_file, dump,
-                    fetch_passages, language, lock, passage_text, positive_float, positive_int, progress,
-                    read_json, read_shards, run, say, seed, whole)
+from common import (DataError, Parser, atomic_folder, check_lang, corpus_files, corpus_languages,
+                    digest_file, dump, fetch_passages, lock, passage_text, positive_float, positive_int,
+                    progress, read_json, read_shards, run, say, seed, whole)
 
 START, PAD, END, UNKNOWN = range(4)  # token ids
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
@@ -69,7 +69,7 @@ def build_parser():
     parser = Parser(__doc__)
     parser.add_argument("--data", required=True, metavar="FOLDER", help="collection from 00_prepare_data.py")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="model folder to write")
-    parser.add_argument("--lang", type=language, nargs="+", metavar="CODE",
+    parser.add_argument("--lang", type=check_lang, nargs="+", metavar="CODE",
                         help="use only these; default: all there are")
     parser.add_argument("--max-passages", type=positive_int, default=5000,
                         help="passages used of each language, drawn at random; bounds memory and time")

@@ -116,11 +116,10 @@ def run_lines(ranking, tag):
     by score (of six decimals, as a float32), ties by docid descending.
     """
     for query_id, hits in ranking.items():
-        ids = [query_id, *(docid for docid, _, _ in hits)]
-        if " ".join(ids).split() != ids:
-            broken = next(text for text in ids if text.split() != [text])
-            raise DataError(f"query {query_id!r}: white space in the id {broken!r} cannot be written as a "
-                            "TREC run; rename it in the source")
+        for text in [query_id, *(docid for docid, _, _ in hits)]:
+            if text.split() != [text]:
+                raise DataError(f"query {query_id!r}: white space in the id {text!r} cannot be written as a "
+                                "TREC run; rename it in the source")
         scores = np.array([score for _, _, score in hits], np.float32).tolist()
         ranked = sorted(((read, docid, score) for read, (docid, _, score) in zip(scores, hits)), reverse=True)
         for rank, (_, docid, score) in enumerate(ranked, 1):

@@ -68,12 +68,6 @@ def keep_blocks(size):
         ctypes.CDLL(None).mallopt(-1, size)  # M_TRIM_THRESHOLD
 
 
-def give_back():
-    """Give freed blocks back: what follows has no use for them (200 MB of mining's peak)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def pick_device(name):
     """cpu, or this process's CUDA device."""
     if name == "auto":
@@ -477,7 +471,8 @@ class Encoder:
                     raise DataError(f"{self.name}: the vector of {texts[row][:60]!r} is not finite (NaN or "
                                     f"infinite as {vectors.dtype}); the model is damaged, take another")
                 bar.update(len(rows))
-        give_back()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)  # what follows has no use for freed blocks (200 MB of a peak)
 
     def encode(self, texts, kind):
         """(N, D) float32 vectors."""

@@ -131,7 +131,7 @@ class Ensemble:
         if len(set(self.names)) < len(names):
             raise DataError(f"--retrievers: two of {' '.join(names)} have the same name; rename a folder")
         self.data = data
-        self.asked = {}  # {query: its place in the file of vectors}
+        self.asked = []  # queries
         self.cache = Path(cache)
         self.weights = dict(zip(self.names, weights or [1.0] * len(names)))
         dense = [name for name in names if name != "bm25"]
@@ -212,29 +212,22 @@ class Ensemble:
         return vectors
 
     def ask(self, queries):
-        """Encode the queries of a language, in one file: the searches that follow may take some at a time."""
-        self.asked = {query: place for place, query in enumerate(dict.fromkeys(queries))}
-        for name in self.encoders:
-            self.vectors(name, list(self.asked), "query")
-
-    def vectors(self, name, texts, kind):
-        """(N, D) vectors of different texts from the cache; the first process makes them."""
-        if world()[0] == 0:
-            self.encoders[name].encode_cached(texts, kind, self.cache)
-        gather(None)  # the others wait for it
-        return self.encoders[name].encode_cached(texts, kind, self.cache)
+        """All queries of a language, encoded in one file: searches that follow may take some at a time."""
+        self.asked = list(dict.fromkeys(queries))
 
     def encode(self, items, kind):
         """{retriever: (N, D)} of queries or passages as they are compared."""
-        if kind == "query" and not set(items) <= self.asked.keys():
+        if kind == "query" and not set(items) <= set(self.asked):
             self.ask(items)
         vectors = {}
         for name, e in self.encoders.items():
             texts = items if kind == "query" else [e.passage_text(passage) for passage in items]
-            place = self.asked
-            if kind == "passage":
-                place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-            vectors[name] = self.vectors(name, list(place), kind)[[place[text] for text in texts]]
+            different = self.asked if kind == "query" else list(dict.fromkeys(texts))
+            if world()[0] == 0:
+                e.encode_cached(different, kind, self.cache)
+            gather(None)  # the others wait for it
+            place = {text: row for row, text in enumerate(different)}
+            vectors[name] = e.encode_cached(different, kind, self.cache)[[place[text] for text in texts]]
         return self.compared(vectors, kind)
 
     def similarity(self, queries, passages):
@@ -270,8 +263,8 @@ class Ensemble:
     def dense(self, lang, queries, k):
         """The same of the encoders, in one pass over the shards: memory holds one, whatever their number."""
         rank, size = world()
-        first_row = np.cumsum([0] + [n for _, n in self.shards(lang)])
         queries = self.encode(queries, "query")
+        first_row = np.cumsum([0] + [n for _, n in self.shards(lang)])
         found = {name: [] for name in queries}
         for number, (key, n) in list(enumerate(self.shards(lang)))[rank::size]:
             block = {name: encoder.load_rows(self.vectors_file(name, key), n) for name in self.encoders}

@@ -31,42 +31,40 @@ class Answers:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)  # private; SQLite's own files beside it get the same mode
-        self.db = self._told(sqlite3.connect, path, timeout=60, isolation_level=None)  # waits 60 s for others
-        for _ in range(600):  # a minute: SQLite does not wait here for others that open the file
-            try:
-                self.db.execute("PRAGMA journal_mode = WAL")
-                break
-            except sqlite3.OperationalError:
+        with self._errors_told():
+            self.db = sqlite3.connect(path, timeout=60, isolation_level=None)  # waits 60 s for others
+            for _ in range(600):  # a minute: SQLite does not wait here for others that open the file
+                with contextlib.suppress(sqlite3.OperationalError):
+                    self.db.execute("PRAGMA journal_mode = WAL")
+                    break
                 time.sleep(0.1)
-            except sqlite3.DatabaseError:  # which _run tells
-                break
-        self._run("PRAGMA journal_mode = WAL")
-        self._run("PRAGMA synchronous = NORMAL")
-        self._run("BEGIN IMMEDIATE")  # one process makes the table and takes over earlier answers
-        self._run("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT NOT NULL, "
-                  "time INTEGER NOT NULL, model TEXT) WITHOUT ROWID")
-        imported = self._take_over(path.with_suffix(".jsonl"))
-        self._run("COMMIT")
+            self.db.execute("PRAGMA synchronous = NORMAL")
+            self.db.execute("BEGIN IMMEDIATE")  # one process makes the table and takes over earlier answers
+            self.db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT NOT NULL, "
+                            "time INTEGER NOT NULL, model TEXT) WITHOUT ROWID")
+            imported = self._take_over(path.with_suffix(".jsonl"))
+            self.db.execute("COMMIT")
         if imported:
             imported.rename(f"{imported}.imported")
 
-    def _run(self, sql, *values):
-        return self._told(self.db.execute, sql, values)
-
-    def _told(self, work, *values, **more):
-        """work(...), whose errors become DataErrors."""
+    @contextlib.contextmanager
+    def _errors_told(self):
+        """Errors of the database become DataErrors."""
         try:
-            return work(*values, **more)
+            yield
         except sqlite3.Error as error:
             raise DataError(f"{self.path}: {error}; free the disk, end what locks the file, or move it away "
                             "(its answers are then asked again)") from None
 
     def get(self, key):
         """(text, time, model) of an answer, or None."""
-        return self._run("SELECT text, time, model FROM answers WHERE key = ?", key).fetchone()
+        with self._errors_told():
+            return self.db.execute("SELECT text, time, model FROM answers WHERE key = ?", [key]).fetchone()
 
     def store(self, key, text, model=None):
-        self._run("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", key, text, int(time.time()), model)
+        row = key, text, int(time.time()), model
+        with self._errors_told():
+            self.db.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", row)
 
     def close(self):
         self.db.close()

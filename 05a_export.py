@@ -92,8 +92,7 @@ def main(argv=None):
     if args.layout == "sentence-transformers":
         counts["further_negatives_left_out"] = sum(widths) - width * len(widths)
     by_lang = {}
-    with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(atomic_folder(args.out))
+    with atomic_folder(args.out) as folder, contextlib.ExitStack() as stack:
         files = {}
         for record in read_queries(args.input, args.lang, args.limit):
             lang = record["lang"]

@@ -28,8 +28,8 @@ from hashlib import blake2b
 from pathlib import Path
 
 from common import (DataError, Output, Parser, atomic_folder, check_passage, check_query, check_text,
-                    corpus_files, digest_file, dump, normalise, parse_line, positive_int, progress,
-                    read_json, read_lines, run, say, text_key)
+                    corpus_files, dump, normalise, parse_line, positive_int, progress, read_lines, run, say,
+                    text_key)
 
 SAMPLE = Path(__file__).resolve().parent / "sample" / "data"
 PARTS = ("corpus", "qrels", "train.jsonl", "dev.jsonl")  # of OUT; other files in it are left alone
@@ -431,12 +431,6 @@ class Collection:
             self.write(f"qrels/{split}/{lang}.tsv", f"{record['query_id']}\t0\t{docid}\t{grade}\n")
 
 
-def digests(folder):
-    """{name: digest} of this stage's files in the folder."""
-    paths = [path for part in PARTS for path in [folder / part, *(folder / part).rglob("*")]]
-    return {path.relative_to(folder).as_posix(): digest_file(path) for path in paths if path.is_file()}
-
-
 def main(argv=None):
     args = build_parser().parse_args(argv)
     root = SAMPLE if args.source == "sample" else Path(args.root or "")
@@ -446,19 +440,15 @@ def main(argv=None):
         raise DataError(f"--root {args.root}: no {args.source} there; --help tells the layouts")
     if args.docids_from_texts and args.source != "tevatron":
         raise DataError("--docids-from-texts is for --source tevatron; leave it out")
-    out = Path(args.out)
-    out = out.resolve() if out.is_symlink() or out.name in ("", "..") else out
     counts = defaultdict(Counter)
     inputs, parts = SOURCES[args.source](args, root, counts)
-    if out.is_file() or any(out.resolve() in path.resolve().parents for path in inputs):
-        raise DataError(f"{out} is a file, or where the input lies; choose another --out")
-    output = Output(args, inputs, out=out)
+    output = Output(args, inputs, parts=[*PARTS, *(f"{part}/**/*" for part in PARTS)])
     output.meta["arguments"]["files"] = [path.name for path in inputs]  # their names tell the language
-    written = read_json(output.meta_path).get("files")
-    if written and written != digests(out) and not args.overwrite:
-        say(f"{out}: a file is missing or was changed, making it again")
-    elif output.is_done():
+    if output.is_done():
         return
+    out = output.path
+    if out.is_file():
+        raise DataError(f"{out} is a file; choose another --out")
     with atomic_folder(out) as folder:
         with ExitStack() as files:
             collection = Collection(folder, args, counts, files)
@@ -472,9 +462,8 @@ def main(argv=None):
                             "take files that belong together, or another --min-relevance")
         if out.is_dir():  # what others put there stays
             shutil.copytree(out, folder, ignore=shutil.ignore_patterns(*PARTS), dirs_exist_ok=True)
-        output.meta["files"] = digests(folder)
-        output.finish(passages=total["passages"], train_queries=total["train"], dev_queries=total["dev"],
-                      languages=counts)
+        output.finish(folder, passages=total["passages"], train_queries=total["train"],
+                      dev_queries=total["dev"], languages=counts)
 
 
 if __name__ == "__main__":

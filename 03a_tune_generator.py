@@ -254,7 +254,7 @@ def tune(args, output):
     n_dev = math.ceil(DEV_SHARE * len(examples))
     dev_set, train_set = examples[:n_dev], examples[n_dev:]
     run_key = hashlib.blake2b(output.key(output.meta).encode(), digest_size=8).hexdigest()
-    checkpoints = Path(f"{args.out}.checkpoint") / run_key  # they belong to one input, base and settings
+    checkpoints = Path(f"{output.path}.checkpoint") / run_key  # they belong to one input, base and settings
     trainer = make_trainer(args, model, tokenizer, train_set, dev_set, checkpoints)
     whole = [path.parent for path in checkpoints.glob("*/trainer_state.json")]  # Trainer writes it last
     last = max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
@@ -265,13 +265,14 @@ def tune(args, output):
         raise DataError(f"the loss is not finite; lower --lr ({args.lr})")
     if not trainer.is_world_process_zero():
         return
-    with common.atomic_folder(args.out) as temporary:
+    losses = [round(row["eval_loss"], 4) for row in trainer.state.log_history if "eval_loss" in row]
+    with common.atomic_folder(output.path) as temporary:
         trainer.model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         trainer.state.save_to_json(temporary / "trainer_state.json")
-    losses = [round(row["eval_loss"], 4) for row in trainer.state.log_history if "eval_loss" in row]
-    output.finish(steps=result.global_step, examples=len(train_set), cut_off=len(records) - len(examples),
-                  held_out=len(dev_set), held_out_loss_before=losses[0], held_out_loss_after=losses[-1])
+        output.finish(temporary, steps=result.global_step, examples=len(train_set), held_out=len(dev_set),
+                      cut_off=len(records) - len(examples), held_out_loss_before=losses[0],
+                      held_out_loss_after=losses[-1])
     shutil.rmtree(checkpoints.parent)
 
 
@@ -293,7 +294,7 @@ def main(argv=None):
         raise DataError("want --base MODEL, to tune it, or --translate CODE ... --llm NAME; see --help")
     is_folder = Path(args.base or "").is_dir() and args.base
     models = {common.short_name(args.base): common.digest_folder(args.base)} if is_folder else {}
-    output = Output(args, [args.instructions], models)
+    output = Output(args, [args.instructions], models, parts=["*"])  # not merged/
     del output.meta["arguments"]["merge"]  # the adapter is the same without it
     if not output.is_done():
         if args.translate:

@@ -456,7 +456,7 @@ def main(argv=None):
     if args.max_steps == 0:
         return
     args.max_steps = n_steps
-    folder = Path(f"{args.out}.checkpoint")
+    folder = Path(f"{output.path}.checkpoint")
     if RANK == 0 and args.overwrite:
         shutil.rmtree(folder, ignore_errors=True)
     import torch  # not for the batches alone
@@ -472,11 +472,10 @@ def main(argv=None):
         return
     encoder.report_cut()
     encoder.model.load_state_dict(torch.load(folder / "best.pt", weights_only=True, map_location="cpu"))
-    with atomic_folder(args.out) as model:
+    with atomic_folder(output.path) as model:
         encoder.save(model)
         shutil.copy(folder / "train_log.jsonl", model)
-        shutil.rmtree(args.out, ignore_errors=True)  # never beside the meta of another
-        output.finish(steps=state["step"], clipped=round(state["clipped"] / state["step"], 4),
+        output.finish(model, steps=state["step"], clipped=round(state["clipped"] / state["step"], 4),
                       train_queries=len(queries), dev_queries=len(dev_queries), best_dev_mrr=state["best"],
                       temperature=args.temperature, peak_gpu_mb=torch.cuda.max_memory_allocated() >> 20,
                       by_lang=Counter(query.lang for query in queries), vectors=encoder.settings())

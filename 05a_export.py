@@ -13,7 +13,6 @@ Usage   python 05a_export.py --input runs/sample/topics.jsonl --layout flagembed
 Cost    reads the file three times, holds one record at a time
 """
 import contextlib
-import shutil
 from collections import Counter, defaultdict
 
 from common import (DataError, Output, Parser, atomic_folder, dump, normalise, passage_text, read_queries,
@@ -91,19 +90,19 @@ def main(argv=None):
     width = min(widths)
     if args.layout == "sentence-transformers":
         counts["further_negatives_left_out"] = sum(widths) - width * len(widths)
-    by_lang = {}
-    with atomic_folder(args.out) as folder, contextlib.ExitStack() as stack:
-        files = {}
-        for record in read_queries(args.input, args.lang, args.limit):
-            lang = record["lang"]
-            if lang not in files:
-                file = open(folder / f"{lang}.jsonl", "w", encoding="utf-8", newline="\n")
-                files[lang] = stack.enter_context(file)
-            negatives, _ = hard_negatives(record, answers)
-            files[lang].write(dump(convert(record, negatives, args.layout, width)))
-            by_lang[lang] = by_lang.get(lang, 0) + 1
-        shutil.rmtree(args.out, ignore_errors=True)  # never beside the meta of another
-        output.finish(queries=len(widths), fewest_negatives=width, **counts,
+    by_lang = Counter()
+    with atomic_folder(output.path) as folder:
+        with contextlib.ExitStack() as stack:
+            files = {}
+            for record in read_queries(args.input, args.lang, args.limit):
+                lang = record["lang"]
+                if lang not in files:
+                    file = open(folder / f"{lang}.jsonl", "w", encoding="utf-8", newline="\n")
+                    files[lang] = stack.enter_context(file)
+                negatives, _ = hard_negatives(record, answers)
+                files[lang].write(dump(convert(record, negatives, args.layout, width)))
+                by_lang[lang] += 1
+        output.finish(folder, queries=len(widths), fewest_negatives=width, **counts,
                       by_lang=dict(sorted(by_lang.items())))
 
 

@@ -494,10 +494,10 @@ def short_name(model):
 
 
 class Output:
-    """One output file of a stage: written whole or not at all, with `<out>.meta.json` beside it.
+    """One output, a file or folder, of a stage: written whole or not at all, with `<out>.meta.json` beside it.
 
     A finished output is recognised by that file: same arguments, same inputs and models ({name: digest}), its
-    own digest.
+    own digests. `parts` are patterns of a folder's files that are the stage's; without them all are.
     """
     # where things lie and how fast they are made does not change what is made
     NEUTRAL = {"out", "overwrite", "cache", "device", "concurrency", "base_url", "save_every", "input",
@@ -505,9 +505,12 @@ class Output:
                "tokenizer", "batch_export", "batch_import", "cascade_base_url",
                "judge_base_url"}
 
-    def __init__(self, args, inputs, models=(), out=None):
-        self.path = Path(out or args.out)
-        self.meta_path = self.path.with_name(self.path.name + ".meta.json")
+    def __init__(self, args, inputs, models=(), out=None, parts=()):
+        path = Path(out or args.out)
+        path = path.resolve() if path.name in ("", "..") else path
+        self.meta_path = path.with_name(path.name + ".meta.json")
+        self.path = path.resolve() if path.is_symlink() else path  # the link stays
+        self.parts = parts
         self.overwrite = args.overwrite
         self.started = time.time()
         rank = os.environ.get("RANK")  # torchrun's other processes would wait for the first
@@ -517,6 +520,8 @@ class Output:
             weakref.finalize(self, held.close)  # once the stage has ended, however
         for path in inputs:
             open_text(path).close()  # DataError where it is missing, with the stage that makes it
+            if self.path.resolve() in Path(path).resolve().parents:
+                raise DataError(f"{self.path} is where the input lies ({path}); choose another --out")
         self.meta = {"script": Path(sys.argv[0]).name,
                      "arguments": {k: v for k, v in vars(args).items() if k not in self.NEUTRAL},
                      "inputs": [{"path": str(p), "digest": digest_file(p)} for p in inputs],
@@ -527,21 +532,35 @@ class Output:
         digests = re.findall('"digest": "([^"]*)"', json.dumps(meta.get("inputs")))
         return json.dumps([meta.get("arguments"), digests, meta.get("models")], default=str, sort_keys=True)
 
+    def digests(self, folder):
+        """{name: digest} of the stage's files in a folder; a model's card may be edited."""
+        paths = {path for part in self.parts or ["**/*"] for path in folder.glob(part) if path.is_file()}
+        return {path.relative_to(folder).as_posix(): digest_file(path)
+                for path in sorted(paths) if path.name != "README.md"}
+
     def is_done(self):
-        """Whether the file is already there; DataError where it is somebody else's."""
-        if not self.path.exists() or self.overwrite:
+        """Whether the output is already there; DataError where it, or something in it, is somebody else's."""
+        if not self.path.exists() or self.overwrite and self.path.is_file():
             return False
-        if not self.meta_path.exists():
+        if not self.meta_path.exists() and not self.overwrite:
             raise DataError(f"{self.path} exists and was not made by this script; pass --overwrite, "
                             "or another --out")
         meta = read_json(self.meta_path)
-        untouched = self.path.is_dir() or meta.get("digest") == digest_file(self.path)
-        if not untouched or self.key(meta) != self.key(self.meta):
-            say(f"{self.path}: arguments, inputs or models changed, making it again")
-            return False
-        os.utime(self.path)  # newer than its inputs, for make
-        say(f"{self.path} is up to date")
-        return True
+        found = self.digests(self.path) if self.path.is_dir() else {"": digest_file(self.path)}
+        made = meta.get("files", {}) if self.path.is_dir() else {"": meta.get("digest")}
+        untouched = made.items() <= found.items()
+        if untouched and self.key(meta) == self.key(self.meta) and not self.overwrite:
+            os.utime(self.path)  # newer than its inputs, for make
+            say(f"{self.path} is up to date")
+            return True
+        others = min(found.keys() - made.keys(), default=None)
+        if others and not self.parts:
+            raise DataError(f"{self.path} holds {others}, which this script did not make; move it away, or "
+                            "take another --out")
+        if not self.overwrite:
+            why = "arguments, inputs or models changed" if untouched else "a file is missing or was changed"
+            say(f"{self.path}: {why}, making it again")
+        return False
 
     def write(self, records):
         """Write records, consumed as they come, as JSONL."""
@@ -557,8 +576,10 @@ class Output:
             self.meta["digest"] = digest_file(temporary)
             self._write_meta({})
 
-    def finish(self, **counts):
-        """Complete the meta file and print the closing line."""
+    def finish(self, folder=None, /, **counts):
+        """Complete the meta file, for a folder before it gets its name, and print the closing line."""
+        if folder:
+            self.meta["files"] = self.digests(Path(folder))
         self._write_meta(counts)
         told = [f"{k.replace('_', ' ')} {v}" for k, v in counts.items() if not isinstance(v, (dict, list))]
         told += [f"{self.meta['seconds']} s", f"peak {self.meta['peak_memory_mb']} MB"]

@@ -183,3 +183,56 @@ def test_sentence_transformers_trains_a_step_on_its_export(topics, tmp_path):
     )
     trainer.train()
     assert any((a != b).any() for a, b in zip(before, model.parameters(), strict=True))
+
+
+def run_export(topics, out, *flags):
+    done = run_stage("05a_export.py", "--input", topics, "--layout", "tevatron", "--out", out, *flags)
+    return done.returncode, done.stderr
+
+
+def test_a_damaged_export_is_made_again(topics):
+    out = topics.parent / "out"
+    run_export(topics, out)
+    whole = (out / "th.jsonl").read_bytes()
+    assert "is up to date" in run_export(topics, out)[1]
+    (out / "th.jsonl").write_text("garbage")
+    (out / "fa.jsonl").unlink()
+    assert "a file is missing or was changed, making it again" in run_export(topics, out)[1]
+    assert (out / "th.jsonl").read_bytes() == whole and (out / "fa.jsonl").is_file()
+    assert "is up to date" in run_export(topics, out)[1]
+
+
+@pytest.mark.parametrize("flags", [["--limit", "1"], ["--limit", "1", "--overwrite"]])
+def test_what_others_put_into_an_output_folder_is_not_lost(topics, flags):
+    out = topics.parent / "out"
+    run_export(topics, out)
+    (out / "trained").mkdir()
+    (out / "trained/model.bin").write_text("weeks")
+    (out / "README.md").write_text("a card may be edited")
+    assert "is up to date" in run_export(topics, out)[1]
+    status, told = run_export(topics, out, *flags)
+    assert status == 2 and "holds trained/model.bin, which this script did not make; move it away" in told
+    (out / "trained/model.bin").rename(topics.parent / "model.bin")
+    assert run_export(topics, out, *flags)[0] == 0 and len((out / "th.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_folder_with_the_input_in_it_is_not_replaced(topics):
+    for out in (topics.parent, f"{topics.parent}/no/.."):
+        status, told = run_export(topics, out, "--overwrite")
+        assert status == 2 and "is where the input lies" in told and topics.is_file()
+
+
+def test_a_link_to_a_folder_stays_one(topics):
+    real, link = topics.parent / "real", topics.parent / "link"
+    real.mkdir()
+    link.symlink_to(real)
+    for flags in (["--overwrite"], [], ["--limit", "1"]):
+        assert run_export(topics, link, *flags)[0] == 0
+    assert link.is_symlink() and len((real / "th.jsonl").read_text().splitlines()) == 1
+    linked = topics.parent / "linked.jsonl"
+    linked.symlink_to(topics.parent / "a.jsonl")
+    model = sentence_transformer(topics.parent / "bert", ["a", "b", "c"])
+    stage = ["--input", topics, "--encoder", model, "--cache", topics.parent / "cache", "--out", linked]
+    done = run_stage("04_cluster_topics.py", *stage, "--topics", 1)
+    assert done.returncode == 0 and linked.is_symlink() and (topics.parent / "a.jsonl").is_file()
+    assert (topics.parent / "linked.jsonl.meta.json").is_file()

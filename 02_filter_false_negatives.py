@@ -61,14 +61,16 @@ def build_parser():
 # ---- the method
 
 def candidates_of(record, rejudge_human=False):
-    """(candidates - without any: the negatives -, docids that people judged non-relevant, those to judge)."""
+    """(candidates and unjudged negatives, docids that people judged non-relevant, those to judge)."""
     negatives = record.get("negative_passages", [])
     positives = {p["docid"] for p in record["positive_passages"]}
     human = {p["docid"]: p for p in negatives if p.get("source") == "human" and p["docid"] not in positives}
-    mined = record.get("candidate_passages", [p for p in negatives if p["docid"] not in human])
-    candidates = [c for c in mined if c["docid"] not in positives]
-    found = {c["docid"] for c in candidates}
-    candidates += [p for docid, p in human.items() if docid not in found]  # sure, but easier: after the mined
+    own = [p for p in negatives if p["docid"] not in human]
+    candidates = {}  # by docid; what is sure, but easier, comes after the mined
+    for passage in [*record.get("candidate_passages", []), *own, *human.values()]:
+        if passage["docid"] not in positives:
+            candidates.setdefault(passage["docid"], passage)
+    candidates = list(candidates.values())
     return candidates, set(human), [c for c in candidates if rejudge_human or c["docid"] not in human]
 
 
@@ -91,7 +93,7 @@ async def filter_record(llms, record, args):
     """(the record with its candidates judged, Counter of what became of them)."""
     candidates, human, to_judge = candidates_of(record, args.rejudge_human)
     positives = {p["docid"] for p in record["positive_passages"]}
-    listed = record.get("candidate_passages", record.get("negative_passages", []))
+    listed = record.get("candidate_passages", []) + record.get("negative_passages", [])
     counts = Counter(queries=1, candidates=len(candidates), judged=len(to_judge),
                      human=len(candidates) - len(to_judge))
     counts["positives"] = sum(passage["docid"] in positives for passage in listed)
@@ -112,10 +114,12 @@ async def filter_record(llms, record, args):
         else:
             fates["removed"].append(passage | verdict)
     counts.update({fate: len(passages) for fate, passages in fates.items()})
+    again = {candidate["docid"] for candidate in candidates}
+    earlier = [p for p in record.get("false_negatives", []) if p["docid"] not in again]
     for key in ("candidate_passages", "negative_passages", "false_negatives", "unjudged"):
         record.pop(key, None)
     record["positive_passages"] = record["positive_passages"] + fates["relabelled"]
-    record |= {"negative_passages": fates["kept"], "false_negatives": fates["removed"]}
+    record |= {"negative_passages": fates["kept"], "false_negatives": earlier + fates["removed"]}
     return record | ({"unjudged": fates["unjudged"]} if fates["unjudged"] else {}), counts
 
 

@@ -653,6 +653,22 @@ def test_what_people_judged_is_kept_without_a_call_unless_asked_for(tmp_path):
         assert len(server.bodies) == 18 and 0 < meta(out)["removed"] < 18
 
 
+def test_own_negatives_beside_candidates_are_judged_and_earlier_false_negatives_stay(tmp_path):
+    record = records(1, n_candidates=3)[0]
+    record["negative_passages"] += [passage("own#1", "a text of its own"), record["candidate_passages"][2]]
+    record["false_negatives"] = [passage("earlier", "found before"), record["candidate_passages"][1]]
+    write(tmp_path / "in.jsonl", [record])
+    with Running() as server:
+        out = filter_(tmp_path, server.url)
+        assert len(server.bodies) == 3  # two candidates that nobody judged, and its own negative
+    (made,) = read(out)
+    fate = {p["docid"]: key for key in ("negative_passages", "false_negatives") for p in made[key]}
+    assert sorted(fate) == ["0#0", "0#1", "0#2", "earlier", "own#1"]
+    assert fate["0#0"] == "negative_passages" and fate["earlier"] == "false_negatives"
+    assert sum(len(made[key]) for key in ("negative_passages", "false_negatives")) == 5
+    assert meta(out)["candidates"] == 4
+
+
 def test_a_cascade_spares_the_large_model_the_clearly_irrelevant(tmp_path, capsys):
     write(tmp_path / "in.jsonl", records(4))
     with Running() as server:

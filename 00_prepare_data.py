@@ -28,8 +28,8 @@ from hashlib import blake2b
 from pathlib import Path
 
 from common import (DataError, Output, Parser, atomic_folder, check_passage, check_query, check_text,
-                    corpus_files, dump, normalise, parse_line, positive_int, progress, read_lines, run, say,
-                    text_key)
+                    corpus_files, decode, dump, normalise, parse_line, positive_int, progress, read_lines,
+                    read_qrels, run, say, text_key)
 
 SAMPLE = Path(__file__).resolve().parent / "sample" / "data"
 PARTS = ("corpus", "qrels", "train.jsonl", "dev.jsonl")  # of OUT; other files in it are left alone
@@ -62,11 +62,8 @@ def read(path):
     """Yield (where, content) of every line: the cells of a .tsv, else the JSON object, tidied."""
     for number, line in read_lines(path):
         where = f"{path}:{number}"
-        try:
-            text = line.decode("utf-8-sig").rstrip("\r\n")
-        except UnicodeError as error:
-            raise DataError(f"{where}: not valid UTF-8 ({error}); convert the file, or unpack it") from None
-        yield where, text if ".tsv" in path.suffixes else tidy(parse_line(path, number, line), where)
+        is_table = ".tsv" in path.suffixes
+        yield where, decode(line, where) if is_table else tidy(parse_line(path, number, line), where)
 
 
 def tidy(record, where):
@@ -104,26 +101,6 @@ def read_judged(lang, files):
         for where, query_id, text in topics:
             if query_id in qrels:
                 yield where, split, {"query_id": query_id, "lang": lang, "query": text}, qrels[query_id]
-
-
-def read_qrels(path, queries):
-    """{query_id: {docid: relevance}} of TREC's four columns or BEIR's three, on none but these queries."""
-    qrels = defaultdict(dict)
-    for where, line in read(path):
-        cells = [cell.strip() for cell in line.strip().split("\t" if "\t" in line else None)]
-        if len(cells) not in (3, 4):
-            raise DataError(f"{where}: got {len(cells)} columns, want query_id (0) docid relevance; mend it")
-        query_id, docid, relevance = cells[0], cells[-2], cells[-1]
-        if not qrels and not re.search("[0-9]", relevance):
-            continue  # a header
-        if not re.fullmatch(r"-?[0-9]{1,9}(\.0*)?", relevance):
-            raise DataError(f"{where}: relevance is {relevance[:20]!r}, want a whole number; mend the line")
-        if query_id not in queries:
-            raise DataError(f"{where}: query {query_id!r} is not among the queries; take files that belong")
-        grade = int(relevance.partition(".")[0])
-        if qrels[query_id].setdefault(docid, grade) != grade:
-            raise DataError(f"{where}: query {query_id!r} judges docid {docid!r} twice; drop one")
-    return qrels
 
 
 def choose_languages(args, available):

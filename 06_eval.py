@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (DataError, Output, Parser, corpus_files, fetch_passages, normalise, passage_text,
-                    positive_int, read_lines, read_queries, run, say, short_name, text_key)
+from common import (DataError, Output, Parser, corpus_files, fetch_passages, normalise, parse_line,
+                    passage_text, positive_int, read_json, read_lines, read_qrels, read_queries, run, say,
+                    short_name, text_key)
 from encoder import encoder_flags, flags_given, model_digests
 from search import Ensemble, check_settings
 
@@ -35,6 +36,8 @@ def build_parser():
                         help="model folders, hub ids, and bm25")
     parser.add_argument("--baseline", nargs="+", default=[], metavar="MODEL",
                         help="some of --models, against each of which the others are tested (p < 0.05)")
+    parser.add_argument("--min-relevance", type=positive_int, default=1, metavar="GRADE",
+                        help="what is judged so or higher counts in recall; nDCG counts every grade")
     parser.add_argument("--depth", type=positive_int, default=100, help="passages per query in the run files")
     parser.add_argument("--bm25-tokenizer", metavar="MODEL",
                         help="its sub-words are BM25's terms; default: the first model's")
@@ -45,12 +48,18 @@ def build_parser():
 
 
 def check_flags(args):
+    """DataError where flags do not fit together; fills in those that hang on others."""
     for baseline in args.baseline:
         if baseline not in args.models:
             raise DataError(f"--baseline {baseline} is not among --models; add it there")
+    args.bm25_tokenizer = args.bm25_tokenizer or next((m for m in args.models if m != "bm25"), None)
     if args.depth < 100:
         raise DataError(f"--depth {args.depth}: Recall@100 needs at least 100; raise it")
     check_settings(args.settings, args.models)
+    data = Path(args.data)
+    made = read_json(data.with_name(f"{data.name}.meta.json")).get("arguments", {})
+    if made.get("min_relevance", 1) != args.min_relevance:
+        say(f"--min-relevance {args.min_relevance} here, {made.get('min_relevance', 1)} when {data} was made")
 
 
 def names_of(models):
@@ -58,28 +67,16 @@ def names_of(models):
     short = [short_name(model) for model in models]
     names = {model: name if short.count(name) == 1 else "/".join(Path(model).resolve().parts[-2:])
              for model, name in zip(models, short)}
-    if len(set(names.values())) < len(models):
+    if len(set(map(run_name, names.values()))) < len(models):
         raise DataError(f"--models: two of {' '.join(models)} have the same name; rename a folder")
     return names
 
 
 # --------------------------------------------------------------------------- questions and judgments
 
-def read_qrels(path):
-    """{query_id: {docid: relevance}} of a TREC qrels file."""
-    qrels = defaultdict(dict)
-    for number, line in read_lines(path):
-        fields = line.decode("utf-8", "replace").split()
-        if len(fields) != 4 or not re.fullmatch("-?[0-9]{1,9}", fields[3]):
-            raise DataError(f"{path}:{number}: got {len(fields)} fields, want 'query_id 0 docid relevance', "
-                            "a whole number; check the file")
-        qrels[fields[0]][fields[2]] = int(fields[3])
-    return qrels
-
-
-def answerable(qrels):
-    """The queries that count: those with a relevant passage."""
-    return [query_id for query_id, judged in qrels.items() if max(judged.values()) > 0]
+def answerable(qrels, least=1):
+    """The queries that count: those with a passage whose relevance is at least `least`."""
+    return [query_id for query_id, judged in qrels.items() if max(judged.values()) >= least]
 
 
 def read_questions(args, queries_path, qrels_paths):
@@ -92,7 +89,7 @@ def read_questions(args, queries_path, qrels_paths):
         path = qrels_paths / f"{lang}.tsv"
         judged = read_qrels(path)
         qrels[lang] = {q: judged[q] for q in judged if not args.limit or q in queries[lang]}
-        asked = answerable(qrels[lang])
+        asked = answerable(qrels[lang], args.min_relevance)
         if not asked:
             raise DataError(f"{path}: no query with a relevant passage; make it again, or leave {lang} out")
         n_unknown = len(set(asked) - set(queries[lang]))
@@ -106,8 +103,13 @@ def read_questions(args, queries_path, qrels_paths):
 
 # --------------------------------------------------------------------------- runs and measures
 
+def run_name(name):
+    """Of a model in the names of files and in the lines of a run, whose columns blanks would shift."""
+    return re.sub(r"[\s/]", "_", name)
+
+
 def run_path(out, name, lang):
-    return Path(out) / "runs" / f"{name.replace('/', '_')}.{lang}.trec"
+    return Path(out) / "runs" / f"{run_name(name)}.{lang}.trec"
 
 
 def run_lines(ranking, tag):
@@ -158,7 +160,7 @@ def make_runs(model, name, args, queries, qrels, inputs, digests):
         output = Output(Namespace(**own, corpus=digests[lang]), inputs[lang], models,
                         run_path(args.out, name, lang))
         if output.is_done():
-            values[lang] = measure_run(qrels[lang], output.path)
+            values[lang] = measure_run(qrels[lang], output.path, args.min_relevance)
         else:
             ensemble = ensemble or Ensemble([model], args.data, args.cache, bm25_tokenizer=tokenizer,
                                             **reading)
@@ -168,9 +170,16 @@ def make_runs(model, name, args, queries, qrels, inputs, digests):
             hits = without_itself(lang, queries[lang], hits, args)
             for settings, cut in ensemble.encodings({lang: texts}).values():
                 output.meta |= {"encoder": settings, "cut": cut}
+            judged = {docid for of_query in qrels[lang].values() for docid, grade in of_query.items()
+                      if grade >= args.min_relevance}
+            lost = ensemble.not_in_corpus(lang, judged)
+            if lost == judged:
+                raise DataError(f"{inputs[lang][1]}: the corpus has none of the {len(judged)} relevant "
+                                f"passages, such as {min(lost)}; take files that belong together")
+            output.meta["not_in_corpus"] = len(lost)
             ranking = dict(zip(queries[lang], hits))
-            output.write_lines(run_lines(ranking, name.replace("/", "_")))
-            values[lang] = measure(qrels[lang], scores_of(ranking))
+            output.write_lines(run_lines(ranking, run_name(name)))
+            values[lang] = measure(qrels[lang], scores_of(ranking), args.min_relevance)
         metas.append(json.loads(output.meta_path.read_text("utf-8")))
     return metas, values
 
@@ -180,19 +189,19 @@ def scores_of(ranking):
     return {query_id: {docid: score for docid, _, score in hits} for query_id, hits in ranking.items()}
 
 
-def measure(qrels, run):
+def measure(qrels, run, least=1):
     """{query_id: {measure: value}} of each query with a relevant passage; one without results counts 0."""
     import pytrec_eval
-    evaluator = pytrec_eval.RelevanceEvaluator(qrels, set(MEASURES.values()))
+    evaluator = pytrec_eval.RelevanceEvaluator(qrels, set(MEASURES.values()), relevance_level=least)
     values = evaluator.evaluate({query_id: hits for query_id, hits in run.items() if hits})
     return {query_id: {name: values.get(query_id, {}).get(key, 0.0) for name, key in MEASURES.items()}
-            for query_id in answerable(qrels)}
+            for query_id in answerable(qrels, least)}
 
 
-def measure_run(qrels, path):
+def measure_run(qrels, path, least=1):
     import pytrec_eval
     with open(path, encoding="utf-8") as lines:
-        return measure(qrels, pytrec_eval.parse_run(lines))
+        return measure(qrels, pytrec_eval.parse_run(lines), least)
 
 
 def mean(values):
@@ -280,6 +289,13 @@ def table(result):
         lines.append(f"{name} reads at most {' and '.join(told)}")
     if len(set(map(str, read.values()))) > 1:
         lines.append("models were read at different lengths, which may be a part of a difference")
+    if settings["bm25_terms"]:
+        lines.append(f"bm25's terms are the sub-words of {settings['bm25_terms']}")
+    if settings["min_relevance"] > 1:
+        lines.append(f"relevant is what is judged {settings['min_relevance']} or higher")
+    lost = ", ".join(f"{lang} {n}" for lang, n in settings["not_in_corpus"].items() if n)
+    if lost:
+        lines.append(f"relevant passages that the corpus has not, so nothing finds them: {lost}")
     for test in result["tests"]:
         low, high = test["ci95"]
         mark = " (significant)" if test["p_holm"] < 0.05 else ""
@@ -293,24 +309,28 @@ def table(result):
 def describe(args, baselines, qrels):
     """The settings that metrics.json begins with."""
     train = Path(args.data) / "train.jsonl"
-    trained = {record["lang"] for record in read_queries(train)} if train.is_file() else qrels
-    settings = {key: getattr(args, key) for key in ("data", "split", "depth", "limit")}
+    told = args.lang[0] if len(args.lang or ()) == 1 else None  # where the records do not say
+    lines = read_lines(train) if train.is_file() else ()
+    trained = {parse_line(train, *line).get("lang", told) for line in lines} or qrels
+    settings = {key: getattr(args, key) for key in ("data", "split", "depth", "limit", "min_relevance")}
+    terms = args.bm25_tokenizer and short_name(args.bm25_tokenizer) if "bm25" in args.models else None
     zero_shot = [lang for lang in qrels if lang not in trained]
-    return settings | {"baselines": baselines, "zero_shot": zero_shot, "encoders": {}, "cut": {}}
+    return settings | {"baselines": baselines, "zero_shot": zero_shot, "bm25_terms": terms, "encoders": {},
+                       "cut": {}}
 
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
     check_flags(args)
     names = names_of(args.models)
-    args.bm25_tokenizer = args.bm25_tokenizer or next((m for m in args.models if m != "bm25"), None)
     queries_path = Path(args.data) / f"{args.split}.jsonl"
     qrels_paths = Path(args.data) / "qrels" / args.split
     queries, qrels = read_questions(args, queries_path, qrels_paths)
     asked = {lang: {q: queries[lang][q] for q in qrels[lang] if q in queries[lang]} for lang in qrels}
     inputs = {lang: [queries_path, qrels_paths / f"{lang}.tsv"] for lang in qrels}
     corpus = {lang: corpus_files(args.data, lang) for lang in qrels}
-    output = Output(args, [path for lang in qrels for path in inputs[lang] + corpus[lang]],
+    train = [path for path in [Path(args.data) / "train.jsonl"] if path.is_file()]  # tells what is zero-shot
+    output = Output(args, [path for lang in qrels for path in inputs[lang] + corpus[lang]] + train,
                     model_digests([*args.models, args.bm25_tokenizer]), Path(args.out) / "metrics.json")
     done = output.is_done()
     digest = {entry["path"]: entry["digest"] for entry in output.meta["inputs"]}
@@ -320,6 +340,7 @@ def main(argv=None):
     values = {}
     for model, name in names.items():
         metas, values[name] = make_runs(model, name, args, asked, qrels, inputs, digests)
+        settings["not_in_corpus"] = {lang: meta.get("not_in_corpus", 0) for lang, meta in zip(qrels, metas)}
         if model != "bm25":
             settings["encoders"][name] = metas[0]["encoder"]
             settings["cut"][name] = {k: sum(m["cut"][k] for m in metas) for k in ("query", "passage")}

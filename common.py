@@ -216,17 +216,48 @@ DECODER = json.JSONDecoder(parse_float=finite, parse_constant=finite)  # NaN is 
 
 def parse_line(path, number, line):
     """One JSON object from one line; DataError with file and line otherwise."""
+    where = f"{path}:{number}"
     try:
         record = DECODER.decode(line.decode("utf-8-sig"))
         if b"\\u" in line:
             json.dumps(record, ensure_ascii=False).encode()  # a lone surrogate could never be written again
     except UnicodeError as error:
-        raise DataError(f"{path}:{number}: not valid UTF-8 ({error}); convert the file to UTF-8") from None
+        raise DataError(f"{where}: not valid UTF-8 ({error}); convert the file, or unpack it") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}:{number}: not a JSON object ({error}); is the file half-written?") from None
+        raise DataError(f"{where}: not a JSON object ({error}); is the file half-written?") from None
     if not isinstance(record, dict):
-        raise DataError(f"{path}:{number}: a JSON {type(record).__name__}; want an object a line")
+        raise DataError(f"{where}: a JSON {type(record).__name__}; want an object a line")
     return record
+
+
+def decode(line, where):
+    """The text of a line of bytes, without a byte-order mark and its line end."""
+    try:
+        return line.decode("utf-8-sig").rstrip("\r\n")
+    except UnicodeError as error:
+        raise DataError(f"{where}: not valid UTF-8 ({error}); convert the file, or unpack it") from None
+
+
+def read_qrels(path, queries=None):
+    """{query_id: {docid: relevance}} of TREC's four columns or BEIR's three; queries: all that there are."""
+    qrels = defaultdict(dict)
+    for number, line in read_lines(path):
+        where = f"{path}:{number}"
+        text = decode(line, where).strip()
+        cells = [cell.strip() for cell in text.split("\t" if "\t" in text else None)]
+        if len(cells) not in (3, 4):
+            raise DataError(f"{where}: got {len(cells)} columns, want query_id (0) docid relevance; mend it")
+        query_id, docid, relevance = cells[0], cells[-2], cells[-1]
+        if not qrels and not re.search("[0-9]", relevance):
+            continue  # a header
+        if not re.fullmatch(r"-?[0-9]{1,9}(\.0*)?", relevance):
+            raise DataError(f"{where}: relevance is {relevance[:20]!r}, want a whole number; mend the line")
+        if queries is not None and query_id not in queries:
+            raise DataError(f"{where}: query {query_id!r} is not among the queries; take files that belong")
+        grade = int(relevance.partition(".")[0])
+        if qrels[query_id].setdefault(docid, grade) != grade:
+            raise DataError(f"{where}: query {query_id!r} judges docid {docid!r} twice; drop one")
+    return qrels
 
 
 def read_json(path, kind=dict):
@@ -494,7 +525,7 @@ def short_name(model):
 
 
 class Output:
-    """One output, a file or folder, of a stage: written whole or not at all, with `<out>.meta.json` beside it.
+    """A file or folder that a stage makes: written whole or not at all, with `<out>.meta.json` beside it.
 
     A finished output is recognised by that file: same arguments, same inputs and models ({name: digest}), its
     own digests. `parts` are patterns of a folder's files that are the stage's; without them all are.

@@ -144,8 +144,9 @@ def model_folder(name):
 
 def model_digests(models):
     """{name: digest of its files} of models, for Output: one that was changed in place is another one."""
-    folders = {short_name(model): model_folder(model) for model in models if model not in (None, "bm25")}
-    return {name: digest_folder(folder) for name, folder in folders.items()}
+    models = [model for model in models if model not in (None, "bm25")]
+    return {f"{number} {short_name(model)}": digest_folder(model_folder(model))
+            for number, model in enumerate(models)}
 
 
 def read_settings(texts, model):

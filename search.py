@@ -160,7 +160,30 @@ class Ensemble:
         if not shards:
             raise DataError(f"{corpus[0]}: no passages; make it again, or leave {lang} out with --lang")
         gather(None)  # until all are made
+        self.check_docids(corpus, shards)
         return shards
+
+    def docids(self, key, n):
+        """(n,) docids of a shard, in bytes."""
+        return np.array(encoder.load_rows(self.docids_file(key), n))
+
+    def check_docids(self, corpus, shards):
+        """DataError where two passages of a corpus have one docid."""
+        hashes = [np.array([hash(docid) for docid in self.docids(*shard).tolist()]) for shard in shards]
+        hashes = np.sort(np.concatenate(hashes))  # 8 bytes a passage
+        twice = hashes[1:][hashes[1:] == hashes[:-1]]
+        if len(twice):
+            docid = next(docid for shard in shards for docid in self.docids(*shard).tolist()
+                         if hash(docid) == twice[0])
+            raise DataError(f"{' '.join(map(str, corpus))}: docid {docid.decode()!r} is there twice; drop or "
+                            "rename one")
+
+    def not_in_corpus(self, lang, docids):
+        """Those of the docids that no passage of a language has."""
+        left = set(docids)
+        for shard in self.shards(lang):
+            left -= {docid.decode() for docid in self.docids(*shard).tolist()}
+        return left
 
     def n_passages(self, lang):
         return sum(n for _, n in self.shards(lang))
@@ -252,12 +275,6 @@ class Ensemble:
         lists = self.dense(lang, queries, k)
         if self.bm25:
             lists["bm25"] = self.bm25.search(lang, queries, k)
-        for found in zip(*lists.values()):
-            docid_of = {row: docid for ranking in found for docid, row, _ in ranking}
-            if len(set(docid_of.values())) < len(docid_of):
-                docid, _ = Counter(docid_of.values()).most_common(1)[0]
-                files = " ".join(map(str, corpus_files(self.data, lang)))
-                raise DataError(f"{files}: docid {docid!r} is there twice; drop or rename one")
         return lists
 
     def dense(self, lang, queries, k):
@@ -268,7 +285,7 @@ class Ensemble:
         found = {name: [] for name in queries}
         for number, (key, n) in list(enumerate(self.shards(lang)))[rank::size]:
             block = {name: encoder.load_rows(self.vectors_file(name, key), n) for name in self.encoders}
-            docids = np.array(encoder.load_rows(self.docids_file(key), n))
+            docids = self.docids(key, n)
             for name, passages in self.compared(block, "passage").items():
                 scores, names, rows = nearest(queries[name], passages, docids, k)
                 found[name] = [best([*found[name], (scores, names, rows + first_row[number])], k)]
@@ -363,7 +380,7 @@ class BM25:
                 if not folder.is_dir():
                     self.make_index(lang, folder)
         gather(None)  # the others wait for it
-        docids = np.concatenate([encoder.load_rows(self.ensemble.docids_file(key), n) for key, n in shards])
+        docids = np.concatenate([self.ensemble.docids(*shard) for shard in shards])
         with encoder.usable(folder, "BM25 index", "delete it to have it made again"):
             return bm25s.BM25.load(folder, mmap=True), docids
 

@@ -421,9 +421,86 @@ def test_bad_input_is_told_in_one_line(made, stage, tmp_path):
     write(bad / "data/qrels/dev/th.tsv", ["0\t0\t0#0\t0\n"])
     with pytest.raises(DataError, match="th.tsv: no query with a relevant passage"):
         evaluate(stage, bad, tmp_path, made / "a")
-    write(bad / "data/qrels/dev/th.tsv", ["0\t0\t0#0\t1\n", "0\t0#1\t1\n"])
-    with pytest.raises(DataError, match="th.tsv:2: got 3 fields"):
+    for line, told in (
+        ("0\t0#1\n", "th.tsv:2: got 2 columns"),
+        ("0\t0\t0#0\t0\n", "th.tsv:2: query '0' judges docid '0#0' twice"),
+    ):
+        write(bad / "data/qrels/dev/th.tsv", ["0\t0\t0#0\t1\n", line])
+        with pytest.raises(DataError, match=told):
+            evaluate(stage, bad, tmp_path, made / "a")
+    write(bad / "data/qrels/dev/th.tsv", ["0\t0\tgone\t1\n", "1\t0\t0#0\t0\n"])
+    with pytest.raises(DataError, match="th.tsv: the corpus has none of the 1 relevant passages, such as g"):
         evaluate(stage, bad, tmp_path, made / "a")
+    # twice, though no ranking has both
+    passages = [{"docid": f"{i % 149}", "title": "", "text": f"w{i}"} for i in range(150)]
+    write(bad / "data/corpus/th.jsonl", passages)
+    with pytest.raises(DataError, match="corpus/th.jsonl: docid '0' is there twice"):
+        evaluate(stage, bad, tmp_path, "bm25", "--bm25-tokenizer", made / "a")
+
+
+def test_relevant_passages_that_the_corpus_has_not_are_told(made, stage, tmp_path, capsys):
+    shutil.copytree(made / "data", tmp_path / "data")
+    path = tmp_path / "data/qrels/dev/th.tsv"
+    path.write_text("\ufeff" + path.read_text("utf-8") + "0\t0\tgone\t1\n", "utf-8")
+    before = json.loads((made / "eval/metrics.json").read_text("utf-8"))["models"]["a"]
+    for _ in range(2):  # also when the runs are there
+        found = evaluate(stage, tmp_path, tmp_path, made / "a", "--overwrite")
+        assert found["settings"]["not_in_corpus"] == {"sw": 0, "th": 1}
+        assert "passages that the corpus has not, so nothing finds them: th 1\n" in capsys.readouterr().out
+        assert found["models"]["a"]["th"]["recall@100"] < before["th"]["recall@100"]
+        assert found["models"]["a"]["th"]["queries"] == 5  # a byte-order mark is no part of an id
+
+
+def test_recall_counts_from_the_relevance_asked_for(made, stage, tmp_path, capsys):
+    shutil.copytree(made / "data", tmp_path / "data")
+    for lang in SUBJECTS:
+        rows = lines_of(tmp_path / f"data/qrels/dev/{lang}.tsv")
+        graded = [[*row[:3], str(int(row[3]) * (1 + i % 2))] for i, row in enumerate(rows)]
+        write(tmp_path / f"data/qrels/dev/{lang}.tsv", ["\t".join(row) + "\n" for row in graded])
+    write(tmp_path / "data.meta.json", [{"arguments": {"min_relevance": 2}}])
+    one = evaluate(stage, tmp_path, tmp_path, made / "a")["models"]
+    assert "--min-relevance 1 here, 2 when" in capsys.readouterr().err
+    two = evaluate(stage, tmp_path, tmp_path, made / "a", "--min-relevance", "2")["models"]
+    said = capsys.readouterr()
+    assert "when" not in said.err and "relevant is what is judged 2 or higher" in said.out
+    assert one["a"]["avg"]["recall@100"] != two["a"]["avg"]["recall@100"]
+
+
+def test_the_terms_of_bm25_are_named(made, stage, tmp_path, capsys):
+    for models, terms in (((made / "a", "bm25"), "a"), (("bm25", made / "b"), "b"), ((made / "a",), None)):
+        found = evaluate(stage, made, tmp_path / f"{terms}", *models)
+        assert found["settings"]["bm25_terms"] == terms
+        assert (f"bm25's terms are the sub-words of {terms}\n" in capsys.readouterr().out) == bool(terms)
+
+
+def test_a_blank_in_a_models_name_breaks_no_run_file(made, stage, tmp_path):
+    from common import DataError
+
+    shutil.copytree(made / "a", tmp_path / "my model")
+    shutil.copytree(made / "a", tmp_path / "my_model")
+    first = evaluate(stage, made, tmp_path / "eval", tmp_path / "my model")
+    again = evaluate(stage, made, tmp_path / "eval", tmp_path / "my model", "bm25")  # reads its runs
+    assert again["models"]["my model"] == first["models"]["my model"]
+    assert {len(line) for line in lines_of(tmp_path / "eval/runs/my_model.sw.trec")} == {6}
+    with pytest.raises(DataError, match="have the same name"):
+        evaluate(stage, made, tmp_path / "eval", tmp_path / "my model", tmp_path / "my_model")
+
+
+def test_what_changed_of_several_models_or_of_the_training_set_is_seen(made, stage, tmp_path):
+    for place, name in (("x", "a"), ("y", "b")):
+        shutil.copytree(made / name, tmp_path / place / "model")
+    shutil.copytree(made / "data", tmp_path / "data")
+    both = tmp_path / "x/model", tmp_path / "y/model"
+    first = evaluate(stage, tmp_path, tmp_path / "eval", *both)
+    assert first["settings"]["zero_shot"] == ["th"]
+    for model in (made / "b", made / "a"):  # now the first, then the last is another one
+        shutil.copytree(model, both[model == made / "a"], dirs_exist_ok=True)
+        second = evaluate(stage, tmp_path, tmp_path / "eval", *both)
+        assert second["models"] != first["models"]
+        first = second
+    dev = (tmp_path / "data/dev.jsonl").read_text("utf-8")
+    (tmp_path / "data/train.jsonl").write_text(dev, "utf-8")
+    assert evaluate(stage, tmp_path, tmp_path / "eval", *both)["settings"]["zero_shot"] == []
 
 
 def test_the_report_reads_what_the_evaluation_wrote(made):

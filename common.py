@@ -364,9 +364,9 @@ def dump(record):
     return json.dumps(record, ensure_ascii=False, separators=(", ", ": ")) + "\n"
 
 
-def passage_text(passage):
+def passage_text(passage, join="\n"):
     """Title, line break, text (as MIRACL's baselines; leaving the title out costs points)."""
-    return f"{passage['title']}\n{passage['text']}" if passage.get("title") else passage["text"]
+    return f"{passage['title']}{join}{passage['text']}" if passage.get("title") else passage["text"]
 
 
 def normalise(text):

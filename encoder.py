@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (DataError, atomic, batched, digest_folder, lock, positive_int, progress, read_json, say,
-                    short_name)
+from common import (DataError, atomic, batched, digest_folder, lock, passage_text, positive_int, progress,
+                    read_json, say, short_name)
 
 # What makers do and their folders do not always say. Sources: the model cards; microsoft/unilm
 # e5/mteb_beir_eval.py; castorini/pyserini encode/_auto.py for mDPR and mContriever.
@@ -407,8 +407,7 @@ class Encoder:
 
     def passage_text(self, passage):
         """What this encoder reads of a passage."""
-        title = passage.get("title")
-        return f"{title}{self.title_join}{passage['text']}" if title else passage["text"]
+        return passage_text(passage, self.title_join)
 
     def tokenize(self, texts, kind):
         """Token ids of each text, made by the model's own preprocessing: with its prompt, cut and counted."""

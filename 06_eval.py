@@ -20,8 +20,8 @@ import numpy as np
 from common import (DataError, Output, Parser, corpus_files, fetch_passages, normalise, parse_line,
                     passage_text, positive_int, read_json, read_lines, read_qrels, read_queries, run, say,
                     short_name, text_key)
-from encoder import encoder_flags, flags_given, model_digests
-from search import Ensemble, check_settings
+from encoder import check_settings, encoder_flags, flags_given, model_digests
+from search import Ensemble
 
 MEASURES = {"ndcg@10": "ndcg_cut_10", "recall@100": "recall_100"}
 DRAWS = 10_000  # bootstrap samples behind intervals and p, so that p is at least 0.0002
@@ -65,7 +65,7 @@ def check_flags(args):
 def names_of(models):
     """{model: its name in tables and files}: short, with the folder above it where two are the same."""
     short = [short_name(model) for model in models]
-    names = {model: name if short.count(name) == 1 else "/".join(Path(model).resolve().parts[-2:])
+    names = {model: name if short.count(name) == 1 else "/".join(Path(model).absolute().parts[-2:])
              for model, name in zip(models, short)}
     if len(set(map(run_name, names.values()))) < len(models):
         raise DataError(f"--models: two of {' '.join(models)} have the same name; rename a folder")

@@ -439,7 +439,7 @@ def beside(path, ending):
 
 def remove(path):
     """A file or a folder, if it is there."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
 
@@ -514,14 +514,18 @@ def digest_file(path):
 def digest_folder(folder):
     """Digest of all files of a model folder that decide what it computes, whatever the folder is called."""
     kinds = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
-    files = sorted(p for p in Path(folder).rglob("*") if p.suffix in kinds and p.name != "build.json")
+    paths = [Path(top, name) for top, _, names in os.walk(folder, followlinks=True) for name in names]
+    files = sorted(path for path in paths if path.suffix in kinds and path.name != "build.json")
     lines = [f"{p.relative_to(folder).as_posix()} {digest_file(p)}\n" for p in files]
     return hashlib.blake2b("".join(lines).encode()).hexdigest()[:32]
 
 
 def short_name(model):
     """How a model is called in records and tables: the folder's name, or the hub id."""
-    return Path(model).resolve().name if Path(model).is_dir() else model
+    path = Path(os.path.abspath(model))  # a link is called as its user calls it
+    if path.parent.name == "snapshots":  # of the hub's cache: models--ORG--NAME/snapshots/COMMIT
+        return path.parents[1].name.rpartition("--")[2]
+    return path.name if path.is_dir() else model
 
 
 class Output:

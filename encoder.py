@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -42,7 +43,7 @@ def encoder_flags(parser):
     """The flags of every stage that encodes."""
     parser.add_argument("--query-max-len", type=positive_int, default=64, help="tokens read (Sec. 4.1)")
     parser.add_argument("--passage-max-len", type=positive_int, default=256, help="tokens read (Sec. 4.1)")
-    parser.add_argument("--settings", nargs="+", default=[], metavar="[MODEL:]KEY=VALUE",
+    parser.add_argument("--settings", nargs="+", action="extend", default=[], metavar="[MODEL:]KEY=VALUE",
                         help="other than a model's maker: pooling (mean, cls, lasttoken), query_prefix, "
                              "passage_prefix, title_join (\\n is a line break), normalise (yes, no), "
                              "query_max_len, passage_max_len")
@@ -57,7 +58,16 @@ def flags_given(args):
     return {name: getattr(args, name) for name in names}
 
 
+def check_settings(settings, models):
+    """DataError where --settings names a model that is not there."""
+    for of in {setting.partition("=")[0].rpartition(":")[0] for setting in settings} - {""}:
+        if of not in {*models, *map(short_name, models)}:
+            names = " ".join(map(short_name, models))
+            raise DataError(f"--settings: {of!r} is not a model here; want one of {names}")
+
+
 def from_flags(name, args):
+    check_settings(args.settings, [name])
     return Encoder(name, **flags_given(args))
 
 
@@ -100,14 +110,17 @@ def faster(on_cpu):
         @staticmethod
         def backward(ctx, grad):
             x, weight = ctx.saved_tensors
-            x_t, grad_t = x.flatten(0, -2).t(), grad.flatten(0, -2).t()                  # (K, N), (M, N)
+            x_t, grad_t = x.t(), grad.t()                                                # (K, N), (M, N)
             wide = len(x_t) >= len(grad_t)
             of_weight = product(grad_t, x_t) if wide else product(x_t, grad_t).t()       # (M, K)
             return product(grad, weight.t()), of_weight, grad_t.sum(1) if ctx.needs_input_grad[2] else None
 
     def linear(x, weight, bias=None):
         in_fp32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        return Linear.apply(x, weight, bias) if in_fp32 else before[0](x, weight, bias)
+        if not in_fp32:
+            return before[0](x, weight, bias)
+        flat = Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
+        return flat.view(*x.shape[:-1], len(weight))  # a view that some models change in place
 
     def dropout(x, p=0.5, training=True, inplace=False):
         if not training or not 0 < p < 1:
@@ -131,7 +144,7 @@ def model_folder(name):
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
-    files = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors", "*_Dense/*.bin"]
+    files = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors", "[0-9]*_*/*.bin"]
     try:
         folder = Path(snapshot_download(name, allow_patterns=files, ignore_patterns=["onnx/*", "openvino/*"]))
         if not list(folder.glob("*.safetensors")):  # older repositories; others have both, which is gigabytes
@@ -149,8 +162,8 @@ def model_digests(models):
             for number, model in enumerate(models)}
 
 
-def read_settings(texts, model):
-    """{key: value} for one model, of --settings KEY=VALUE or MODEL:KEY=VALUE; DataError for anything else."""
+def read_settings(texts, names):
+    """{key: value} of --settings KEY=VALUE or NAME:KEY=VALUE, for a model of these names; or DataError."""
     settings = {}
     for text in texts:
         name, equals, value = text.partition("=")
@@ -158,7 +171,7 @@ def read_settings(texts, model):
         if not equals or key not in SETTINGS or not re.fullmatch(SETTINGS[key], value, re.DOTALL):
             raise DataError(f"--settings: got {text!r}; want KEY=VALUE as --help explains, with KEY one of "
                             + ", ".join(SETTINGS))
-        if of in ("", model):
+        if of in ("", *names):
             settings[key] = value.replace("\\n", "\n")
     if "normalise" in settings:
         settings["similarity"] = "cosine" if settings["normalise"] == "yes" else "dot"
@@ -169,9 +182,10 @@ def maker_settings(folder, name):
     """(what a folder's own files say, what its name lets assume); keys as in OTHERS."""
     files = read_json(folder / "config_sentence_transformers.json")
     prompts = files.get("prompts") or {}
+    kinds = PASSAGE_PROMPTS[:1] if "title_join" in files else PASSAGE_PROMPTS  # that save() writes, or others
     said = {"similarity": files.get("similarity_fn_name"), "title_join": files.get("title_join"),
             "query_prefix": prompts.get("query"),
-            "passage_prefix": next(filter(None, map(prompts.get, PASSAGE_PROMPTS)), "")}
+            "passage_prefix": next(filter(None, map(prompts.get, kinds)), "")}
     if not all(isinstance(text, str | None) for text in said.values()):
         raise ValueError(f"{said} are not all texts")
     if "title_join" not in files:  # not from save(): an empty prompt may be one that nobody thought of
@@ -179,7 +193,8 @@ def maker_settings(folder, name):
     assumed = next((row for pattern, row in MAKERS.items() if re.search(pattern, name.lower())), {})
     if (folder / "modules.json").is_file():
         return said | {"pooling": None}, assumed  # None: as the modules are
-    return said, OTHERS | assumed
+    causal = "ForCausalLM" in str(read_json(folder / "config.json").get("architectures"))
+    return said, OTHERS | ({"pooling": "lasttoken"} if causal else {}) | assumed  # as sentence-transformers
 
 
 def other_prompts(folder):
@@ -307,7 +322,7 @@ class Encoder:
         self.n_read = {"query": 0, "passage": 0}
         self.n_cut = {"query": 0, "passage": 0}
         self.n_prompt = {"query": 0, "passage": 0}  # tokens, which some models do not pool
-        self.given = read_settings(settings, self.name)
+        self.given = read_settings(settings, [self.name, str(name)])
         with usable(self.folder, "settings"):
             said, assumed = maker_settings(self.folder, self.name)
         used = OTHERS | assumed | said | self.given
@@ -339,6 +354,9 @@ class Encoder:
             del model[-1]
         for module in model:
             if isinstance(module, Pooling) and self.pooling:
+                if module.pooling_output_dimension != module.embedding_dimension:
+                    raise DataError(f"{self.folder}: --settings pooling=... is of one kind, it joins "
+                                    f"{module.pooling_mode}; leave that out")
                 module.pooling_mode = self.pooling
         return model
 
@@ -346,7 +364,7 @@ class Encoder:
         """The model's parameters, ready to be trained; DataError where they cannot be."""
         transformer = self.model[0].model
         parameters = list(self.model.parameters())
-        if not any(parameter.requires_grad for parameter in parameters):
+        if not any(parameter.requires_grad for parameter in transformer.parameters()):
             raise DataError(f"{self.folder}: an adapter, whose weights are frozen; merge it into its base")
         if checkpointing:
             with usable(self.folder, "gradient checkpointing", "leave --gradient-checkpointing out"):
@@ -361,12 +379,12 @@ class Encoder:
         """Tokens that are read of a query and of a passage: as asked, and at most the maker's limit."""
         transformer = self.model[0]
         own = {"query": transformer.query_length, "passage": transformer.document_length}
-        limit = {kind: min(n, own[kind] or n, self.model.max_seq_length) for kind, n in self.asked.items()}
+        n_positions = getattr(transformer.model.config, "max_position_embeddings", None) or 0
+        n_positions -= transformer._infer_flatten_position_offset()  # XLM-R's begin after its padding token
+        n_positions = n_positions if n_positions > 0 else math.inf
+        limit = {kind: min(n, own[kind] or n, self.model.max_seq_length, n_positions)
+                 for kind, n in self.asked.items()}
         used = {kind: int(self.given.get(f"{kind}_max_len", n)) for kind, n in limit.items()}
-        n_positions = getattr(transformer.model.config, "max_position_embeddings", None) or max(used.values())
-        for name, module in transformer.model.named_modules():
-            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-                n_positions -= module.padding_idx + 1  # XLM-R counts from there
         if max(used.values()) > n_positions:
             raise DataError(f"{self.name}: {max(used.values())} tokens asked for, the model has "
                             f"{n_positions} positions; ask for less")
@@ -413,7 +431,11 @@ class Encoder:
         """Token ids of each text, made by the model's own preprocessing: with its prompt, cut and counted."""
         fed = self.model.preprocess(texts, prompt=self.prefix[kind], task=TASKS[kind],
                                     max_length=self.max_len[kind])
-        rows = zip(fed["input_ids"], fed["attention_mask"].bool())                             # (N, L) each
+        mask = fed["attention_mask"].bool()                                                    # (N, L)
+        if "token_type_ids" in fed and fed["token_type_ids"][mask].any():
+            raise DataError(f"{self.folder}: its tokenizer gives token types, which are not read here; take "
+                            "another model")
+        rows = zip(fed["input_ids"], mask)                                                     # (N, L) each
         token_ids = [ids[mask].tolist() for ids, mask in rows]
         cut = [len(ids) >= self.max_len[kind] for ids in token_ids]  # where nothing tells what was cut off
         if getattr(fed, "encodings", None):
@@ -439,7 +461,7 @@ class Encoder:
         """(N, D) float32 vectors of N lists of token ids, through the model's own modules, on the device."""
         import torch
         features = self.model.tokenizer.pad({"input_ids": token_ids}, return_attention_mask=True,
-                                            return_tensors="pt")
+                                            padding_side="right", return_tensors="pt")
         features = {name: tensor.to(self.device) for name, tensor in features.items()}         # (N, L)
         features["prompt_length"] = self.n_prompt[kind]
         with self.autocast():

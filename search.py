@@ -42,16 +42,9 @@ def ensemble_flags(parser):
 
 
 def from_flags(args):
-    check_settings(args.settings, args.retrievers)
+    encoder.check_settings(args.settings, args.retrievers)
     return Ensemble(args.retrievers, args.data, args.cache, args.fusion, args.weights, args.bm25_tokenizer,
                     **encoder.flags_given(args))
-
-
-def check_settings(settings, models):
-    """DataError where --settings names a model that is not there."""
-    for of in {setting.partition("=")[0].rpartition(":")[0] for setting in settings} - {""}:
-        if of not in map(short_name, models):
-            raise DataError(f"--settings: {of!r} is not a model here; want one of {' '.join(models)}")
 
 
 # --------------------------------------------------------------------------- processes (torchrun)

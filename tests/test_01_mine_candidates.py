@@ -230,7 +230,7 @@ def test_each_method_flag_changes_the_output(words, tmp_path):
         {"1#1", "3#10", "3#2", "4#0"},
     ]  # "6#0" has neither a nor b
     meta = json.loads((tmp_path / "out.jsonl.meta.json").read_text("utf-8"))
-    assert meta["models"].keys() == {"a and b"}  # changed in place, it is another one
+    assert meta["models"].keys() == {"0 a and b"}  # changed in place, it is another one
 
 
 def test_the_summary_tells_what_each_retriever_finds(words, tmp_path):

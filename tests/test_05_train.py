@@ -456,6 +456,7 @@ def test_a_device_that_is_not_there_is_told_as_such(made, capsys):
 def test_an_adapter_is_read_as_its_base_with_it_and_not_trained(made, capsys):
     from peft import LoraConfig
     from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Dense
 
     model = SentenceTransformer(str(made / "encoder"), device="cpu")
     before = model.encode(["ไทย วัด"])
@@ -464,8 +465,11 @@ def test_an_adapter_is_read_as_its_base_with_it_and_not_trained(made, capsys):
     vectors = Encoder(str(made / "adapter"), "cpu").encode(["ไทย วัด"], "passage")
     assert np.allclose(vectors, model.encode(["ไทย วัด"], normalize_embeddings=True), atol=1e-5)
     assert not np.allclose(vectors, before, atol=1e-2)
-    line = one_line(capsys, arguments(made, "of adapter", encoder="adapter"))
-    assert "adapter: an adapter, whose weights are frozen; merge" in line
+    model.append(Dense(model.get_embedding_dimension(), 8))  # which alone would be trained
+    model.save(str(made / "adapter and dense"))
+    for name in ("adapter", "adapter and dense"):
+        line = one_line(capsys, arguments(made, "of adapter", encoder=name))
+        assert f"{name}: an adapter, whose weights are frozen; merge" in line
     assert not (made / "of adapter").exists()
 
 

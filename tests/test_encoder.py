@@ -781,3 +781,102 @@ def test_dropout_drops_its_share_and_repeats_with_its_seed(p):
     assert torch.allclose(first[first != 0], torch.tensor(1 / (1 - p)))
     assert torch.equal(first, draw(1)) and (p == 0 or not torch.equal(first, draw(2)))
     assert (first.mean((0, 1)) - 1).abs().max() < 6 * (p / (1 - p) / 6993) ** 0.5 + 1e-6  # in each column
+
+
+# --------------------------------------------------------------------------- folders as others keep them
+
+
+def test_a_link_and_the_hubs_cache_are_called_as_their_users_call_them(tmp_path, capsys):
+    kept = tmp_path / "models--intfloat--multilingual-e5-large/snapshots/0dc5580a"
+    random_bert(kept, WORDS)
+    link = tmp_path / "multilingual-e5-large"
+    link.symlink_to(kept)
+    for folder in (link, kept, f"{link}/"):
+        ours = Encoder(str(folder), "cpu")
+        assert (ours.name, ours.prefix["query"]) == ("multilingual-e5-large", "query: ")
+        assert ours.default_temperature == 0.01
+
+
+def test_a_linked_module_is_in_the_digest(tmp_path):
+    folder = Path(sentence_transformer(tmp_path / "model", WORDS, dense=16))
+    shared = tmp_path / "shared"
+    (folder / "2_Dense").rename(shared)
+    (folder / "2_Dense").symlink_to(shared)
+    before = Encoder(folder, "cpu").digest
+    (shared / "config.json").write_text((shared / "config.json").read_text() + " ")
+    assert Encoder(folder, "cpu").digest != before
+
+
+def test_settings_name_a_model_that_is_there_by_name_or_path(tmp_path):
+    parser = ArgumentParser()
+    encoder.encoder_flags(parser)
+    folder = random_bert(tmp_path / "one", WORDS)
+    for name in ("one", folder):
+        args = parser.parse_args(["--settings", f"{name}:pooling=cls", "--settings", "query_prefix=w1 "])
+        ours = encoder.from_flags(folder, args)
+        assert ours.pooling == "cls" and ours.prefix["query"] == "w1 "  # both flags count
+    args = parser.parse_args(["--settings", "typo:pooling=cls"])
+    with pytest.raises(DataError, match="'typo' is not a model here; want one of one"):
+        encoder.from_flags(folder, args)
+
+
+def test_empty_prompts_that_were_trained_with_are_read_back(tmp_path):
+    folder = sentence_transformer(tmp_path / "start", WORDS, prompts={"query": "w1 ", "passage": "w2 "})
+    assert Encoder(folder, "cpu").prefix["passage"] == "w2 "
+    ours = Encoder(folder, "cpu", settings=["passage_prefix=", "query_prefix="])
+    ours.save(tmp_path / "trained")
+    read = Encoder(str(tmp_path / "trained"), "cpu")
+    assert read.prefix == {"query": "", "passage": ""}
+    assert smallest_cosine(read.encode(texts(8), "passage"), ours.encode(texts(8), "passage")) > 0.99999
+
+
+def test_a_tokenizer_that_pads_on_the_left_makes_no_vector_hang_on_its_batch(tmp_path):
+    ours = Encoder(sentence_transformer(tmp_path / "left", WORDS, side="left"), "cpu")
+    together = ours.encode(texts(8), "passage")
+    alone = np.concatenate([ours.encode([text], "passage") for text in texts(8)])
+    assert smallest_cosine(together, alone) > 0.99999
+
+
+def test_a_causal_model_without_pooling_takes_its_last_token(tmp_path):
+    config = {"vocab_size": save_tokenizer(tmp_path, WORDS), "hidden_size": 32, "num_hidden_layers": 1}
+    config |= {"num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 128}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).save_pretrained(tmp_path)
+    same_as_theirs(Encoder(str(tmp_path), "cpu", query_max_len=256), tmp_path)
+
+
+def test_poolings_that_are_joined_are_not_changed(tmp_path):
+    folder = sentence_transformer(tmp_path / "joined", WORDS, pooling=("cls", "mean"))
+    same_as_theirs(Encoder(folder, "cpu", 256), folder)
+    with pytest.raises(DataError, match="--settings pooling=... is of one kind"):
+        Encoder(folder, "cpu", settings=["pooling=cls"]).encode(["w1"], "passage")
+
+
+def test_token_types_are_not_dropped_in_silence(tmp_path):
+    folder = Path(random_bert(tmp_path / "model", WORDS))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    for piece in tokenizer["post_processor"]["single"]:
+        next(iter(piece.values()))["type_id"] = 1
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match="its tokenizer gives token types"):
+        Encoder(str(folder), "cpu").encode(["w1"], "passage")
+
+
+def test_no_more_is_read_than_there_are_positions(tmp_path):
+    folder = Path(random_bert(tmp_path / "model", WORDS))
+    sentence_transformers_files(folder, "mean", True)
+    limits = folder / "sentence_bert_config.json"
+    limits.write_text(limits.read_text().replace(str(LIMIT), "512"))
+    ours = Encoder(str(folder), "cpu")
+    assert ours.max_len == {"query": 64, "passage": 128}
+    assert np.isfinite(ours.encode(["w1 " * 300], "passage")).all()
+
+
+def test_the_faster_layers_output_may_be_changed_in_place():
+    layer, x = torch.nn.Linear(4, 4), torch.randn(2, 3, 4)
+    wanted = torch.autograd.grad((layer(x) + 1).square().sum(), layer.weight)
+    with encoder.faster(True):
+        found = torch.autograd.grad(layer(x).add_(1).square().sum(), layer.weight)
+    assert torch.allclose(wanted[0], found[0], atol=1e-5)

@@ -3,7 +3,7 @@
 Source  Sec. 3.5 uses 12 topics. Deviation: the paper maps two English fastText classifiers to 12 labels;
         KMeans with C = 12 over the positives' embeddings needs no labels, in any language.
 Reads   augmented.jsonl of stage 03, or any file in Tevatron's layout
-Writes  topics.jsonl: + topic (0 to C-1, the largest first)
+Writes  topics.jsonl: + topic (0 to C-1, the largest first; --per-language: the next language's after them)
 Usage   python 04_cluster_topics.py --input runs/sample/augmented.jsonl --encoder models/sample \\
             --topics 12 --out runs/sample/topics.jsonl
 Cost    one embedding a positive, cached; one vector a query in memory, 160 MB for 40,000 of 1,024 dimensions
@@ -27,7 +27,7 @@ def build_parser():
                         help="model folder or hub id; the paper trains BAAI/bge-m3")
     parser.add_argument("--topics", type=positive_int, default=12, help="number of clusters, C in Sec. 3.5")
     parser.add_argument("--per-language", action="store_true",
-                        help="cluster each language alone; default: together, so that topics span languages")
+                        help="each language has topics of its own; default: topics span languages")
     parser.add_argument("--remove-language-mean", action="store_true",
                         help="centre each language first, since multilingual vectors may cluster by language")
     parser.add_argument("--cache", default="cache", metavar="FOLDER", help="embeddings are kept here")
@@ -62,15 +62,17 @@ def cluster(vectors, n_topics, seed):
     return np.argsort(order)[labels]
 
 
-def warn(langs, topics, n_topics):
+def warn(langs, groups, topics, n_topics):
     """Say where batches cannot hold all topics, or not without repeating."""
     for lang, n in zip(*np.unique(langs, return_counts=True)):
         if n < n_topics:
             say(f"{lang}: {n} queries are fewer than the {n_topics} topics, so its batches lack some")
-    sizes = np.bincount(topics)
-    small = np.flatnonzero(sizes < SMALL * len(topics))
-    if len(small):
-        say(f"{len(small)} topics hold under {SMALL:.0%} of the queries ({sizes[small].tolist()}): batches "
+    group_of = dict(zip(topics.tolist(), groups.tolist()))
+    in_group = Counter(groups.tolist())
+    sizes = sorted(Counter(topics.tolist()).items())
+    small = [n for topic, n in sizes if n < SMALL * in_group[group_of[topic]]]
+    if small:
+        say(f"{len(small)} topics hold under {SMALL:.0%} of the queries ({small}): batches "
             "that take topics evenly repeat these; try fewer --topics or another --encoder")
 
 
@@ -94,15 +96,15 @@ def main(argv=None):
     encoder.report_cut()
     for lang in np.unique(langs) if args.remove_language_mean else []:
         vectors[langs == lang] -= vectors[langs == lang].mean(0)
-    topics = np.zeros(len(langs), int)
+    topics = np.full(len(langs), -1)
     groups = langs if args.per_language else np.full(len(langs), "all")
     for group in np.unique(groups):
         rows = np.flatnonzero(groups == group)
-        topics[rows] = cluster(vectors[rows], args.topics, args.seed)
+        topics[rows] = topics.max() + 1 + cluster(vectors[rows], args.topics, args.seed)  # none of two groups
         n_topics = len(np.unique(topics[rows]))
         if n_topics < args.topics:
             say(f"{group}: {len(rows)} queries give {n_topics} of {args.topics} topics")
-    warn(langs, topics, args.topics)
+    warn(langs, groups, topics, args.topics)
     titles = defaultdict(Counter)  # topic -> first positive's title -> queries
 
     def labelled():

@@ -76,6 +76,7 @@ class Query(NamedTuple):
     topic: int
     offset: int   # of its line in the file
     marks: tuple  # hashes of its question and what answers it, which no other query of a batch may share
+    known: tuple = ()  # names of what answers its question, under whatever id
 
 
 def read_index(args):
@@ -83,6 +84,7 @@ def read_index(args):
     if args.input.endswith(".gz"):
         raise DataError(f"{args.input}: records are read by offset, which gzip does not allow; gunzip it")
     queries = []
+    known = defaultdict(set)  # {question: names of its answers}: it may stand under several ids
     starts = [0, *accumulate(len(line) for _, line in read_lines(args.input, blank=True))]
     for number, record in numbered_queries(args.input, args.lang, args.limit):
         key = record["lang"], record["query_id"]
@@ -97,10 +99,12 @@ def read_index(args):
                             "with 04_cluster_topics.py, or drop it and pass --topic-power 1")
         marks = [normalise(record["query"]), *((key[0], p["docid"]) for p in record["positive_passages"])]
         queries.append(Query(*key, topic, starts[number - 1], tuple(map(hash, marks))))
-    answers = defaultdict(set)  # {question: marks of all that ask it}: it may stand under several ids
+        known[key[0], hash(marks[0])] |= names(key[0], record["positive_passages"])
+    answers = defaultdict(set)  # {question: marks of all that ask it}
     for query in queries:
         answers[query.lang, query.marks[0]].update(query.marks)
-    return [query._replace(marks=tuple(answers[query.lang, query.marks[0]])) for query in queries]
+    return [query._replace(marks=tuple(answers[query.lang, query.marks[0]]),
+                           known=tuple(known[query.lang, query.marks[0]])) for query in queries]
 
 
 def read_records(file, queries):
@@ -108,7 +112,7 @@ def read_records(file, queries):
     for query in queries:
         file.seek(query.offset)
         record = parse_query(file.name, f"byte {query.offset}", file.readline(), [query.lang])
-        yield record | {"marks": query.marks}
+        yield record | {"known": query.known}
 
 
 def by_language(queries):
@@ -120,8 +124,8 @@ def by_language(queries):
 def hold_out(queries, dev_share, seed):
     """(train, dev): dev is a drawn share of each language with 5 queries; a question under all its ids."""
     dev = set()
-    for lang, members in by_language(queries).items():
-        members.sort(key=lambda query: random.Random(f"{seed}:{lang}:{query.query_id}").random())
+    for members in by_language(queries).values():  # of translations, which share ids, the same ones
+        members.sort(key=lambda query: random.Random(f"{seed}:{query.query_id}").random())
         n_dev = max(1, round(dev_share * len(members))) if dev_share and len(members) >= 5 else 0
         asked = {query.marks for query in members[:n_dev]}
         dev.update(query for query in members if query.marks in asked)
@@ -211,6 +215,12 @@ def names(lang, passages):
     return {hash(name) for p in passages for name in ((lang, p["docid"]), text_key(p))}
 
 
+def relevant_to(record):
+    """names of what is no negative of a record: its positives, false negatives, its question's answers."""
+    own = names(record["lang"], record["positive_passages"] + record.get("false_negatives", []))
+    return own.union(record.get("known", ()))
+
+
 def collate(records, uses, args):
     """(passages, target, masked) of N records; M = N (1 + negatives): a query's positive, then its negatives.
 
@@ -222,8 +232,7 @@ def collate(records, uses, args):
     target = np.arange(len(records)) * (1 + args.negatives)
     masked = np.zeros((len(records), len(passages)), bool)
     for n, record in enumerate(records):
-        relevant = names(record["lang"], record["positive_passages"] + record.get("false_negatives", []))
-        relevant.update(record.get("marks", ()))  # also of the same question under another id
+        relevant = relevant_to(record)
         masked[n] = [not relevant.isdisjoint(of) for of in known]
         masked[n] |= args.no_in_batch & (owner != n)
         masked[n, target[n]] = False
@@ -339,14 +348,17 @@ def validate(encoder, dev_queries, file):
         records = list(read_records(file, members[:DEV_QUERIES]))
         pool = {p["docid"]: p for record in records
                 for p in record["positive_passages"] + record.get("negative_passages", [])}
+        known = {docid: names(lang, [passage]) for docid, passage in pool.items()}
         passages = encoder.encode([encoder.passage_text(passage) for passage in pool.values()], "passage")
         queries = encoder.encode([record["query"] for record in records], "query")
         ranks = []
         for record, scores in zip(records, queries @ passages.T):               # of (N, M) = (N, D) @ (D, M)
             score = dict(zip(pool, scores))
             best = max(score[passage["docid"]] for passage in record["positive_passages"])
-            for passage in record["positive_passages"] + record.get("false_negatives", []):
-                score.pop(passage["docid"], None)
+            relevant = relevant_to(record)
+            for docid in pool:
+                if not relevant.isdisjoint(known[docid]):
+                    del score[docid]
             ranks.append(1 + sum(value >= best - TIE for value in score.values()))
         mrr = np.mean([1 / rank if rank <= 10 else 0 for rank in ranks])
         found[lang] = {"queries": len(records), "mrr@10": round(float(mrr), 4)}
@@ -449,6 +461,8 @@ def main(argv=None):
     queries, dev_queries = hold_out(read_index(args), args.dev_share, args.seed)
     if not queries or args.no_in_batch and not args.negatives:
         raise DataError(f"{args.input}: nothing to train on; check --lang, --dev-share and --negatives")
+    if args.patience and not dev_queries:
+        raise DataError("--patience needs held-out queries; raise --dev-share, or leave it out")
     args.epoch_steps = math.ceil(len(queries) / args.batch_size)
     n_steps = min(args.epochs * args.epoch_steps, args.max_steps or math.inf)
     if args.log_batches and RANK == 0:

@@ -358,6 +358,14 @@ def test_a_share_of_every_language_is_held_out_at_random():
     assert set(stage.hold_out([*queries, again], 0.1, 13)[1]) >= {again, dev[0]}
 
 
+def test_of_parallel_languages_the_same_queries_are_held_out():
+    """Translations share their id: none is trained on while another one chooses the best epoch."""
+    queries = [stage.Query(lang, f"q{i}", 0, 0, (f"{lang} {i}",)) for i in range(40) for lang in ("de", "sw")]
+    dev = stage.hold_out(queries, 0.1, 13)[1]
+    of_lang = {lang: {query.query_id for query in dev if query.lang == lang} for lang in ("de", "sw")}
+    assert of_lang["de"] == of_lang["sw"] and len(of_lang["de"]) == 4
+
+
 def test_same_seed_same_batches_another_seed_others(tmp_path):
     records = small({"sw": 60, "te": 30})
     assert plan(tmp_path, records) == plan(tmp_path, records) != plan(tmp_path, records, "--seed", 14)

@@ -618,6 +618,25 @@ def test_validation_leaves_out_known_false_negatives_and_other_positives(tmp_pat
     assert validated(tmp_path, scores, records)[0] == 0.5
 
 
+def test_validation_and_training_leave_out_the_same(tmp_path):
+    """A positive's text under another docid, and what answers the same question under another id."""
+    records = [dev_record("0", ["p"], ["n", "other"]), dev_record("1", ["other"], ["n"])]
+    records[0]["negative_passages"].append({"docid": "copy", "text": " P "})
+    records[1]["negative_passages"].append({"docid": "again", "text": "p"})
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), "utf-8")
+    args = Namespace(input=str(tmp_path / "in.jsonl"), lang=None, limit=None, topic_power=1, negatives=2)
+    args.seed, args.no_in_batch = 13, False
+    queries = stage.read_index(args)
+    vectors = {"p": [0.5, 1], " P ": [0.9, 1], "other": [0.6, 1], "n": [0.1, 1], "q": [1, 0]}
+    with open(args.input, "rb") as file:
+        assert stage.validate(Fixed(vectors), queries, file)[0] == 1
+        first, second = stage.read_records(file, queries)
+    for record in (first, second):
+        passages, target, masked = stage.collate([record], [0], args)
+        kept = {p["docid"] for p, left_out in zip(passages, masked[0]) if not left_out}
+        assert kept <= {"n", passages[target[0]]["docid"]}
+
+
 def test_an_encoder_that_has_collapsed_gets_no_credit(tmp_path):
     docids = [f"n{n}" for n in range(12)]
     scores = dict.fromkeys(["p", *docids], 0.7)
@@ -637,6 +656,11 @@ def test_the_score_of_an_epoch_is_the_mean_over_queries_not_languages(tmp_path):
     score, dev = validated(tmp_path, {"p": 0.5, "n": 0.1, "worse": 0.0}, records)
     assert score == 0.875 and [of["mrr@10"] for of in dev.values()] == [0.5, 1.0]
     assert list(dev) == ["sw", "th"] and dev["th"]["queries"] == 3
+
+
+def test_patience_without_held_out_queries_is_refused(made, capsys):
+    line = one_line(capsys, arguments(made, "patient", "--patience", 1, "--dev-share", 0))
+    assert "--patience needs held-out queries" in line
 
 
 FLAGS = ["--weighting none", "--weight-on negatives", "--alpha 2", "--beta 2",

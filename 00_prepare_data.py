@@ -27,7 +27,7 @@ from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
-from common import (DataError, Output, Parser, atomic_folder, check_passage, check_query, check_text,
+from common import (LISTS, DataError, Output, Parser, atomic_folder, check_passage, check_query, check_text,
                     corpus_files, decode, dump, normalise, parse_line, positive_int, progress, read_lines,
                     read_qrels, run, say, text_key)
 
@@ -104,6 +104,8 @@ def read_judged(lang, files):
 
 
 def choose_languages(args, available):
+    if len({lang.lower() for lang in available}) < len(available):
+        raise DataError(f"{args.root}: two of {' '.join(sorted(available))} differ in case alone; rename one")
     missing = set(args.lang or available) - set(available)
     if missing or not available:
         raise DataError(f"{args.root}: no {' '.join(sorted(missing)) or 'files laid out as --help tells'} "
@@ -174,7 +176,7 @@ def beir(args, root, counts):
 def squad(args, root, counts):
     files = defaultdict(list)
     for path in sorted(root.glob("*.json*")) if root.is_dir() else [root]:
-        named = re.fullmatch(r".+\.(?!dev)([A-Za-z]{2,3}(-\w+)?)\.json(\.gz)?", path.name)
+        named = re.fullmatch(r".+\.(?!dev|val)([A-Za-z]{2,3}(-\w+)?)\.jsonl?(\.gz)?", path.name)
         if not named and len(args.lang or ()) != 1:
             raise DataError(f"{path}: want NAME.CODE.json[.gz]; rename or unpack it, or pass --lang CODE")
         files[named[1] if named else args.lang[0]].append(path)
@@ -195,21 +197,29 @@ def squad(args, root, counts):
                     asked.append((article, where, query, {passage["docid"]: 1}))
                 else:
                     counts[lang]["unanswerable questions"] += 1
+    paths = [path for lang in langs for path in files[lang]]
+    for path in paths:
+        if len(paths) > 1 and re.search(r"(?<![a-z])(dev|test|val|valid)(?![a-z])", path.name.lower()):
+            say(f"{path}: its articles, too, are divided into train and dev; prepare it alone to keep it apart")
     articles = {lang: [article for article, _, query, _ in asked if query["lang"] == lang] for lang in langs}
     held = held_out(articles, args.seed, "articles")
     queries = [(where, "dev" if article in held else "train", *query) for article, where, *query in asked]
-    return sum((files[lang] for lang in langs), []), [(corpus.values, queries.copy)]
+    return paths, [(corpus.values, queries.copy)]
 
 
 def read_squad(paths):
     """Yield (where, article, passage, questions) of every paragraph; articles with one title have one number.
 
-    A file is {"data": [...]} or that list alone, of articles, or of questions with their contexts.
+    A file is {"data": [...]}, that list or its lines, of articles or of questions with their contexts.
     """
     number_of, n_articles = {}, 0
     for path in paths:
-        whole = b"".join(line for _, line in read_lines(path)).removeprefix(b"\xef\xbb\xbf")
-        data = parse_line(path, 1, b'{"data": %b}' % whole)["data"]
+        lines = list(read_lines(path))
+        whole = b"".join(line for _, line in lines).removeprefix(b"\xef\xbb\xbf")
+        if len(lines) > 1 and lines[0][1].rstrip().endswith(b"}"):
+            data = [parse_line(path, *line) for line in lines]
+        else:
+            data = parse_line(path, 1, b'{"data": %b}' % whole)["data"]
         try:
             for entry in data["data"] if isinstance(data, dict) else data:
                 where, title = f"{path}: data[{n_articles}]", entry.get("title") or ""
@@ -259,6 +269,10 @@ def tevatron(args, root, counts):
     if (root / "corpus").is_dir():  # of the sample, or what this script wrote
         corpora = {lang: corpus_files(root, lang) for lang in langs}
 
+    qrels = {(split, lang): find(root / f"qrels/{split}/{lang}.tsv", need=False)
+             for split, _ in splits for lang in first_id}  # of the sample, or what this script wrote
+    graded = {key: read_qrels(path) if path else {} for key, path in qrels.items()}
+
     def passages():
         for where, _, record in records():
             for passage in record["positive_passages"] + record["negative_passages"]:
@@ -271,11 +285,12 @@ def tevatron(args, root, counts):
             for passage in record["negative_passages"]:
                 if passage.get("source") == "human":
                     judgments.setdefault(passage["docid"], 0)
+            judgments |= graded[split, record["lang"]].get(record["query_id"], {})
             in_dev = first_id[record["lang"]][normalise(record["query"])] in held
             if record["lang"] in langs:
                 yield where, "dev" if in_dev else split, record, judgments
 
-    files = [path for _, path in splits] + sum(corpora.values(), [])
+    files = [path for _, path in splits] + sum(corpora.values(), []) + list(filter(None, qrels.values()))
     return files, [(partial(read_corpora, corpora) if corpora else passages, queries)]
 
 
@@ -283,6 +298,8 @@ def read_records(splits, args):
     """Yield (where, split, record) of Tevatron's records, or FlagEmbedding's, whose passages are texts."""
     for split, path in splits:
         for where, record in read(path):
+            if isinstance(record, str):
+                raise DataError(f"{where}: a table, want JSON lines; --help tells the layouts")
             if not {"positive_passages", "pos"} & record.keys():
                 raise DataError(f"{where}: {' '.join(record)}: neither positive_passages (Tevatron) nor pos "
                                 "(FlagEmbedding); positive_document_ids have no texts")
@@ -291,10 +308,9 @@ def read_records(splits, args):
             if len(args.lang or ()) == 1:
                 record.setdefault("lang", args.lang[0])
             for name, of_flagembedding in (("positive_passages", "pos"), ("negative_passages", "neg")):
-                passages = record.pop(of_flagembedding, record.get(name, []))
-                if isinstance(passages, list):
-                    passages = [with_docid(passage, where, args.docids_from_texts) for passage in passages]
-                record[name] = passages
+                record[name] = record.pop(of_flagembedding, record.get(name, []))
+            for name in [name for name in LISTS if isinstance(record.get(name), list)]:
+                record[name] = [with_docid(p, where, args.docids_from_texts) for p in record[name]]
             check_query(record, where)
             yield where, split, record
 

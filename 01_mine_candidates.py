@@ -102,7 +102,10 @@ def allowed(question, positives, hits, ranks, passages, texts, depth, args):
     candidates, left_out, taken = [], Counter(), set()
     for docid, row, score in hits:
         passage, text = passages[row], texts[row]
-        if docid in docids or text in known:
+        if docid in docids and text not in known:
+            raise DataError(f"{args.data}: docid {docid!r}, a positive, has another text in the corpus; "
+                            "make both anew with 00_prepare_data.py")
+        if text in known:
             continue
         if articles and article(docid, args) in articles:
             left_out["left out, of a positive's article"] += 1

@@ -99,7 +99,7 @@ class Query:
     def __init__(self, record, target):
         self.record = record | {"negative_passages": [], "false_negatives": record.get("false_negatives", []),
                                 "summary": None, "generated_query": None}
-        self.record.pop("candidate_passages", None)
+        self.question = record["lang"], normalise(record["query"])
         self.missing = target
         self.why = Counter()  # what became of answers and found passages
         relevant = record["positive_passages"] + self.record["false_negatives"]
@@ -126,11 +126,15 @@ def marks(passage):
 def find_short(args):
     """({lang: [Query]} with fewer than N, {lang: number of queries}); checks the input line by line."""
     short, n_queries = defaultdict(list), Counter()
-    for record in common.read_queries(args.input, args.lang, args.limit):
+    answers = defaultdict(set)  # {question: marks of its answers}: it may stand under several ids
+    for record in common.read_queries(args.input, args.lang, args.limit, judged=True):
         n_queries[record["lang"]] += 1
         query = Query(record, args.target)
+        answers[query.question].update(*map(marks, record["positive_passages"]))
         if query.missing:
             short[record["lang"]].append(query)
+    for query in itertools.chain(*short.values()):
+        query.known |= answers[query.question]
     return short, n_queries
 
 

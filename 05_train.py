@@ -86,7 +86,7 @@ def read_index(args):
     queries = []
     known = defaultdict(set)  # {question: names of its answers}: it may stand under several ids
     starts = [0, *accumulate(len(line) for _, line in read_lines(args.input, blank=True))]
-    for number, record in numbered_queries(args.input, args.lang, args.limit):
+    for number, record in numbered_queries(args.input, args.lang, args.limit, judged=True):
         key = record["lang"], record["query_id"]
         where = f"{args.input}:{number}: query {key[1]!r} ({key[0]})"
         topic = record.get("topic", 0 if args.topic_power == 1 else None)

@@ -35,7 +35,7 @@ def question(record):
 def read_answers(args):
     """{question: hashes of the texts of its positives}, whatever the ids under which it is asked."""
     answers = defaultdict(set)
-    for record in read_queries(args.input, args.lang, args.limit):
+    for record in read_queries(args.input, args.lang, args.limit, judged=True):
         answers[question(record)].update(hash(text_key(p)) for p in record["positive_passages"])
     return answers
 

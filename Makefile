@@ -34,7 +34,8 @@ LANGS ?=
 empty :=
 space := $(empty) $(empty)
 # the root's last folder, as a name: blanks in DATA_ROOT are fine, a target of make cannot have any
-NAME := $(if $(DATA_ROOT),$(basename $(notdir $(patsubst %/,%,$(subst $(space),_,$(strip $(DATA_ROOT)))))),$(DATA_SOURCE))
+NAME := $(if $(DATA_ROOT),$(basename $(notdir $(abspath $(subst $(space),_,$(strip $(DATA_ROOT)))))),$(DATA_SOURCE))
+$(if $(NAME),,$(error DATA_ROOT=$(DATA_ROOT) has no name; set DATA and RUN, or another DATA_ROOT))
 DATA ?= data/$(NAME)
 # ^ the prepared collection
 RUN ?= runs/$(NAME)
@@ -97,6 +98,7 @@ EPOCHS_pretrained := 1
 TRAIN_small := --lr 1e-3 --temperature 0.05
 TRAIN_paper :=
 TRAIN_pretrained := --lr 2e-5 --negatives 3 --passage-max-len 128 --chunk-tokens 4096
+LESS := $(if $(filter 1 2 3 4 5 6,$(N)),--negatives $(N))
 TRAIN ?= $(TRAIN_$(KIND))
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -155,7 +157,7 @@ $(RUN)/topics.jsonl: $(RUN)/augmented.jsonl FORCE
 	$(PY) 04_cluster_topics.py --input $< --encoder $(ENCODER) --topics $(TOPICS) --cache $(CACHE) --out $@ $(COMMON) $(READ)
 
 $(RUN)/model: $(RUN)/topics.jsonl FORCE
-	$(SPREAD) 05_train.py --input $< --encoder $(ENCODER) --epochs $(EPOCHS) --batch-size $(BATCH) --language-power $(POWER) --topic-power $(POWER) $(TRAIN) --out $@ $(COMMON) $(READ)
+	$(SPREAD) 05_train.py --input $< --encoder $(ENCODER) --epochs $(EPOCHS) --batch-size $(BATCH) --language-power $(POWER) --topic-power $(POWER) $(TRAIN) $(LESS) --out $@ $(COMMON) $(READ)
 
 $(RUN)/eval/metrics.json: $(RUN)/model FORCE
 	$(PY) 06_eval.py --data $(DATA) --models $(EVAL_MODELS) --baseline $(ENCODER) --cache $(CACHE) --out $(RUN)/eval $(COMMON) $(READ)

@@ -170,6 +170,9 @@ def say(*words):
     print(CONTROL.sub(lambda found: ascii(found[0])[1:-1], text), file=sys.stderr, flush=True)
 
 
+say_once = functools.cache(say)
+
+
 def progress(iterable=None, **kwargs):
     """A tqdm bar on a terminal, a line every thirty seconds elsewhere, always on stderr."""
     from tqdm import tqdm
@@ -326,12 +329,15 @@ def parse_query(path, number, line, lang=None):
     return record
 
 
-def read_queries(path, lang=None, limit=None, need=()):
-    """Yield the records of a file of training queries; need lists further fields that must be there."""
-    return (record for _, record in numbered_queries(path, lang, limit, need))
+def read_queries(path, lang=None, limit=None, need=(), judged=False):
+    """Yield the records of a file of training queries.
+
+    need lists further fields that must be there; judged: no candidates may be there that nobody has judged.
+    """
+    return (record for _, record in numbered_queries(path, lang, limit, need, judged))
 
 
-def numbered_queries(path, lang=None, limit=None, need=()):
+def numbered_queries(path, lang=None, limit=None, need=(), judged=False):
     """Yield (line number, record) of these languages, `limit` of each; DataError at the first bad record."""
     texts = sqlite3.connect(":memory:", isolation_level=None)  # 40 bytes a docid, where a dict takes 150
     texts.execute("CREATE TABLE texts (docid INTEGER PRIMARY KEY, text INTEGER, number INTEGER)")
@@ -347,6 +353,8 @@ def numbered_queries(path, lang=None, limit=None, need=()):
         seen[of_lang].add(hash(record["query_id"]))
         for key in sorted(set(need) - record.keys()):
             raise DataError(f"{where}: no {key!r}; run the stages before this one, see README")
+        if judged and record.get("candidate_passages"):
+            raise DataError(f"{where}: candidates that nobody has judged; run 02_filter_false_negatives.py")
         for passage in [passage for key in LISTS for passage in record.get(key, ())]:
             row = hash((of_lang, passage["docid"])), hash(text_key(passage)), number
             texts.execute("INSERT OR IGNORE INTO texts VALUES (?, ?, ?)", row)
@@ -357,6 +365,9 @@ def numbered_queries(path, lang=None, limit=None, need=()):
         yield number, record
     if not seen:
         raise DataError(f"{path}: no queries in {' '.join(lang or ['it'])}; check the file and --lang")
+    missing = set(lang or ()) - seen.keys()
+    if missing:
+        say_once(f"{path}: no queries in {' '.join(sorted(missing))}")
 
 
 def dump(record):
@@ -393,7 +404,11 @@ def corpus_files(data, lang):
     parts = sorted(p for p in (root / lang).glob("*") if p.name.endswith((".jsonl", ".jsonl.gz")))
     if not whole + parts:
         raise DataError(f"{root}/{lang}.jsonl not found; make it with 00_prepare_data.py, or change --lang")
-    return whole[:1] or parts
+    others = [path for path in (root / lang).glob("[!.]*") if path not in parts]
+    if len(whole) + bool(parts) > 1 or others:
+        names = " ".join(path.name for path in whole + parts[:1] + others[:1])
+        raise DataError(f"{root}: {names} for {lang}; want one CODE.jsonl[.gz], or one folder of such files")
+    return whole or parts
 
 
 def corpus_languages(data):

@@ -308,7 +308,8 @@ def candidate(passage, score, ranks):
 
 # --------------------------------------------------------------------------- BM25
 
-UNSPACED = r"[\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}]"
+UNSPACED = r"[\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\u30fc]"
+RUN = rf"(?:{UNSPACED}\p{{M}}*)+|(?:(?!{UNSPACED}).\p{{M}}*)+"  # of letters written with spaces, or without
 
 
 def words_of(text):
@@ -320,9 +321,10 @@ def words_of(text):
     import regex
     text = regex.sub("\u200d|(?<=\\p{M})\u200c", "", text).replace("i\u0307", "i")
     terms = []
-    for word in regex.findall(r"[\p{L}\p{M}\p{N}]+", text):
-        letters = regex.findall(r".\p{M}*", word)
-        if regex.search(UNSPACED, word):
+    words = regex.findall(r"[\p{L}\p{M}\p{N}]+", text)
+    for run in [run for word in words for run in regex.findall(RUN, word)]:
+        letters = regex.findall(r".\p{M}*", run)
+        if regex.match(UNSPACED, run):
             terms += ["".join(letters[i:i + 2]) for i in range(max(1, len(letters) - 1))]
         else:
             terms.append("".join(letters[:5]))

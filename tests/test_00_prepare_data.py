@@ -416,6 +416,7 @@ def test_squad(tmp_path):
     ]
     assert len(corpus) == 40  # 41 paragraphs, two of them equal
     assert "2 of 20 articles held out" in said and "1 unanswerable questions" in said
+    assert said.count("dev.ko.json: its articles, too, are divided into train and dev") == 1
     train, dev = read(tmp_path / "out/train.jsonl"), read(tmp_path / "out/dev.jsonl")
     assert len(train) + len(dev) == 81
     by_id = {r["query_id"]: r for r in train + dev}
@@ -435,6 +436,44 @@ def test_no_article_and_no_passage_is_in_train_and_dev(tmp_path, seed):
             for split in ("train", "dev")
         )
         assert train and dev and not train & dev
+
+
+def test_a_squad_table_as_lines_is_read(tmp_path):
+    rows = [{"id": f"q{n}", "title": f"t{n}", "context": f"문단 {n}", "question": f"질문 {n}?",
+             "answers": {"text": ["문단"]}} for n in range(20)]  # fmt: skip
+    for name in ("a.ko.jsonl", "b.ko.json"):
+        write(tmp_path / name / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        said = prepare("squad", tmp_path / name, tmp_path / "out", "--overwrite")
+        assert "2 of 20 articles held out" in said and "20 passages" in said
+    write(tmp_path / "in/korquad.val.json", "[]")
+    assert "want NAME.CODE.json" in refused("squad", tmp_path / "in", tmp_path / "out2")
+
+
+def test_grades_of_its_own_output_are_kept(tmp_path):
+    prepare("beir", beir(tmp_path / "in"), tmp_path / "one", "--lang", "ja")
+    prepare("tevatron", tmp_path / "one", tmp_path / "two")
+    for name in ("qrels/train/ja.tsv", "qrels/dev/ja.tsv"):
+        one, two = ((tmp_path / out / name).read_text("utf-8") for out in ("one", "two"))
+        assert sorted(one.splitlines()) == sorted(two.splitlines()) and one
+    assert "\t2\n" in (tmp_path / "two/qrels/train/ja.tsv").read_text("utf-8")
+
+
+def test_languages_that_differ_in_case_alone_and_tables_are_refused(tmp_path):
+    line = '{"query_id": "%s", "lang": "%s", "query": "q", "positive_passages": [{"docid": "d", "text": "t"}]}\n'
+    write(tmp_path / "in/train.jsonl", line % ("1", "zh") + line % ("2", "ZH"))
+    assert "two of ZH zh differ in case alone" in refused("tevatron", tmp_path / "in", tmp_path / "out")
+    write(tmp_path / "queries.tsv", "1\twhat\n")
+    assert "queries.tsv:1: a table" in refused("tevatron", tmp_path / "queries.tsv", tmp_path / "out")
+
+
+def test_new_docids_go_to_every_list(tmp_path):
+    passages = {"candidate_passages": [{"docid": "c0", "text": "one"}]}
+    rows = [{"query_id": str(n), "lang": "sw", "query": f"q{n}", "positive_passages":
+             [{"docid": "p0", "text": f"text {n}"}]} | passages for n in range(2)]  # fmt: skip
+    write(tmp_path / "in/train.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    prepare("tevatron", tmp_path / "in", tmp_path / "out", "--docids-from-texts")
+    (made, *_) = read(tmp_path / "out/train.jsonl") + read(tmp_path / "out/dev.jsonl")
+    assert len(made["candidate_passages"][0]["docid"]) == 16
 
 
 def test_squad_split_depends_on_the_seed_alone(tmp_path):

@@ -200,7 +200,7 @@ def squad(args, root, counts):
     paths = [path for lang in langs for path in files[lang]]
     for path in paths:
         if len(paths) > 1 and re.search(r"(?<![a-z])(dev|test|val|valid)(?![a-z])", path.name.lower()):
-            say(f"{path}: its articles, too, are divided into train and dev; prepare it alone to keep it apart")
+            say(f"{path}: its articles, too, are divided into train and dev; prepare it alone if need be")
     articles = {lang: [article for article, _, query, _ in asked if query["lang"] == lang] for lang in langs}
     held = held_out(articles, args.seed, "articles")
     queries = [(where, "dev" if article in held else "train", *query) for article, where, *query in asked]

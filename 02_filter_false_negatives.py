@@ -23,7 +23,7 @@ from pathlib import Path
 
 import common
 from common import DataError, Output, Parser, parse_line, progress, read_lines, read_queries, run, say
-from llm import LLM, Answers, from_flags, in_order, judge_candidates, judge_flags, read_answer
+from llm import LLM, Answers, from_flags, in_order, judge_candidates, judge_flags, parse_judgment, read_answer
 
 BATCH_REQUESTS = 50_000  # OpenAI's limits of one batch file
 BATCH_BYTES = 200_000_000
@@ -129,6 +129,9 @@ def clients(args, instead=None):
     """[the judge], and behind it the small judge of a cascade."""
     llms = [from_flags(args, instead)]
     if args.cascade_llm:
+        if args.cascade_llm == args.llm and not (args.llm_settings or args.llm_version):
+            raise DataError(f"--cascade-llm {args.llm} has the name of --llm, and would answer for it; tell "
+                            "them apart with --llm-version or --llm-settings")
         url = args.cascade_base_url or args.base_url
         llms.append(LLM(args.cascade_llm, args.cache, url, args.concurrency, args.timeout, instead))
     return llms
@@ -257,7 +260,8 @@ def dry_run(args):
 def export(args):
     """Write what is still to be asked as OpenAI batch files, one model a file: FILE, FILE-2, ..."""
     path = Path(args.batch_export)
-    old = [p for p in (path, *path.parent.glob(f"{path.stem}-*{path.suffix}")) if p.exists()]
+    old = [p for p in (path, *path.parent.glob(f"{path.stem}-*{path.suffix}"))
+           if p.exists() and re.fullmatch(r"|-\d+", p.stem.removeprefix(path.stem))]
     if old and not args.overwrite:
         raise DataError(f"{old[0]} exists; pass --overwrite or another --batch-export")
     paths = []
@@ -319,8 +323,10 @@ def import_results(args, llms):
                 errors[key] = f"batch: {reason}"
             else:
                 n["answers"] += 1
-                for store in stores:
-                    store.store(key, text)
+                for store, version in zip(stores, (args.llm_version, None)):
+                    kept = store.get(key)
+                    if parse_judgment(text) or not (kept and parse_judgment(kept[0])):
+                        store.store(key, text, version)  # in place of a usable one only a usable one
     for store in stores:
         store.close()
     say(f"imported {n['answers']} answers; {len(errors)} failed, {n['not ours']} not ours")

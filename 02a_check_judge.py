@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from common import DataError, Parser, atomic, dump, open_text, positive_int, progress, read_queries, run, say
-from llm import from_flags, in_order, judge_candidates, judge_flags
+from llm import digest, from_flags, in_order, judge_candidates, judge_flags
 
 
 def build_parser():
@@ -152,7 +152,7 @@ def sample(args):
         chosen += [(*row, 0) for row in draw.sample(kept, min(len(kept), args.per_language - n_removed))]
         draw.shuffle(chosen)
         for number, (record, p, was_removed) in enumerate(chosen, 1):
-            item = f"{lang}-{number}"
+            item = f"{lang}-{number}-{digest([record['query_id'], p['docid']])[:6]}"  # in no other sheet
             texts = [record["query"], record["positive_passages"][0]["text"], p.get("title", ""), p["text"]]
             sheet.append([item, lang, *map(cell, texts), ""])
             told = [record["query_id"], p["docid"], was_removed, p.get("grade")]

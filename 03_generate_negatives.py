@@ -296,8 +296,9 @@ class Generation:
             settings = {"max_tokens": MAX_TOKENS[kind], "seed": int.from_bytes(digest) >> 1, **SAMPLING}
             text, useless = await self.generator.ask(messages, **settings)
             text = text or ""
-            if kind == "query":
-                text = text.partition("\n")[0]  # models like to explain it below
+            if kind == "query":  # models like to announce it above and to explain it below
+                lines = [line for line in text.splitlines() if not re.search(r"^\s*$|[:：]\W*$", line)]
+                text = lines[0] if lines else ""
             text = " ".join(text.split()).strip(' "“”«»')
             reason = useless.partition(":")[0] if useless else self.guard.reason(text, kind, others, about)
             query.why["answers"] += 1
@@ -340,9 +341,11 @@ class Generation:
             answers = [({}, None)] * len(batch)
             if not self.args.no_judge_new:
                 answers = await judge_candidates(self.judge, query.record, batch, self.args)
-            for passage, (verdict, _) in zip(batch, answers):
-                if verdict is None:  # it may be a false negative: left out, asked again in the next run
+                query.why["judged"] += len(batch)
+            for passage, (verdict, reason) in zip(batch, answers):
+                if verdict is None:  # it may be a false negative: left out
                     query.why[f"{what}: unjudged"] += 1
+                    self.unjudged = reason
                 elif verdict.get("grade", 0) >= (1 if written else self.args.drop_at):
                     query.why[f"{what}: judged relevant"] += 1
                     query.known |= marks(passage)
@@ -356,6 +359,11 @@ class Generation:
         why = sum((query.why for query in self.queries), Counter())
         rejected = {outcome: n for outcome, n in why.items() if "rejected" in outcome}
         n, n_rejected = why["answers"], sum(rejected.values())
+        n_judged = why["judged"]
+        n_unjudged = why["found: unjudged"] + why["written rejected: unjudged"]
+        if n_unjudged > self.args.max_drift * n_judged and (n_judged >= ENOUGH or n_unjudged >= n_judged):
+            raise DataError(f"{self.lang}: {n_unjudged} of {n_judged} new passages got no usable judgment ("
+                            f"{self.unjudged}), more than --max-drift; run again, or take another judge")
         if n_rejected > self.args.max_drift * n and (n >= ENOUGH or n_rejected >= n):
             raise DataError(f"{self.lang}: the guards rejected {n_rejected} of {n} answers of "
                             f"{self.args.llm} ({rejected}), more than --max-drift; nothing was written. Tune "

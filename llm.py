@@ -2,6 +2,7 @@
 import argparse
 import asyncio
 import contextlib
+import email.utils
 import functools
 import hashlib
 import itertools
@@ -154,12 +155,17 @@ class LLM:
     ATTEMPTS = 8  # times that a prompt is asked whose answers are of no use, unless they are always the same
     RETRIES_AT_FIRST = 6  # after 429, 5xx, lost connections: 20 s
     RETRIES = 30  # the same, once the server has answered: 4 minutes
+    IN_A_ROW = 10  # refused prompts without an answer between them, after which it is no matter of the prompt
     TRIAL = 200  # answers after which half of all must be of use
     MORE_TOKENS = 4096  # for a model that thinks before it answers
     INSTEAD = {"max_tokens": "max_completion_tokens", "max_completion_tokens": None, "temperature": None,
                "seed": None, "top_p": None, "response_format": None}  # of a parameter that a server refuses
     ABOUT_PROMPT = re.compile(r"context.?(length|size|window)|too.?(long|large|many)|exceed|`inputs`|"
-                              r"token.?(count|limit)|content.?(filter|management|policy)|safety", re.I)
+                              r"token.?(count|limit)|content.?(filter|management|policy|exists.risk)|safety|"
+                              r"inappropriate|moderation|flagged|sensitive|prohibited", re.I)
+    ABOUT_PACE = re.compile("rate.?limit|quota|capacity", re.I)
+    TOO_FEW = re.compile(r"could not finish the message because max_tokens", re.I)
+    PASSING = {408, 424, 425, 498, 499}  # TGI's failed generation, Groq's capacity, cancelled
     NO_SYSTEM = re.compile(r"system role|role.{0,30}system|'system'|roles must alternate", re.I)
     TO_TRY = {"cut off": """--llm-settings '{"max_tokens": 16000}' or '{"reasoning_effort": "low"}'""",
               "unparsable": "a model that follows instructions, or --llm-settings "
@@ -191,6 +197,7 @@ class LLM:
         self.more_tokens = 0 if set_by_user else None  # beyond those asked for; None: not known yet
         self.repeats = None  # whether the server gives the same useless answer each time, once known
         self.stopped = None  # the error that ends the run
+        self.n_answers = self.in_a_row = 0  # answers; refusals since the last of them
 
     async def __aenter__(self):
         if not self.instead:
@@ -218,7 +225,7 @@ class LLM:
             raise DataError("OPENAI_API_KEY holds what no key has, such as a line break; set it again")
         try:
             where = httpx2.URL(url or "https://openai")
-            known = where.scheme in ("http", "https") and where.host
+            known = where.scheme in ("http", "https") and where.host and not where.userinfo
         except httpx2.InvalidURL:
             known = False
         if not known:
@@ -244,7 +251,10 @@ class LLM:
 
         wanted is what a model hears whose answer was of no use. DataError where asking on is of no use.
         """
+        of_try = settings.get("seed")
         settings |= self.settings
+        if of_try and settings["seed"] != of_try and settings["seed"] is not None:
+            settings["seed"] += of_try  # another one for each vote and try
         if "max_completion_tokens" in self.settings:
             settings.pop("max_tokens", None)
         body = {"model": self.model, "messages": messages} | settings
@@ -317,9 +327,13 @@ class LLM:
             if reason.startswith("refused by the server"):
                 break
             if reason not in self.TO_TRY:  # no fault of the model
+                await asyncio.sleep(min(8, 0.1 * 2 ** attempt))
                 continue
             if attempt == (2 if wanted else 1) and self.repeats is not False:
-                self.repeats = text == first
+                if text.strip() or text != first:  # an empty one tells nothing of others
+                    self.repeats = text == first
+                if text == first:
+                    break
             if attempt > 0 and self.repeats:
                 break
             request = body
@@ -365,21 +379,26 @@ class LLM:
     async def _send(self, body):
         """The same for a request that has its turn, sent again after a while where the server has trouble."""
         kind = frozenset(body)
-        for tries in itertools.count():
+        more = None  # tokens beyond those asked for; None: as for all
+        tries, n_before = -1, self.n_answers
+        while True:
+            tries += 1
             if self.stopped:  # what waited for its turn ends with the run
                 raise self.stopped
-            sent = self._adapted(body)
+            sent = self._adapted(body, more)
             started = time.monotonic()
             answer, status, told, seconds = await self._call(sent)
             if status == 200:
                 self.pace.answered(started)
+                self.n_answers += 1
+                self.in_a_row = 0
                 self._note(answer)
                 text, reason = read_answer(answer)
                 if reason == "cut off" and "max_tokens" in body and self.more_tokens is None:
                     self.more_tokens = self.MORE_TOKENS
                     say(f"{self.model}: {body['max_tokens']} tokens are too few for an answer; "
                         f"{self.MORE_TOKENS} more are allowed from now on")
-                if reason == "cut off" and sent != self._adapted(body):
+                if reason == "cut off" and sent != self._adapted(body, more):
                     continue
                 self.reached.add(kind)
                 return text, reason
@@ -391,17 +410,30 @@ class LLM:
                 self.has_system = False
                 say(f"{self.model}: no system message is taken ({told}); it opens the user's from now on")
                 continue
+            if status in (400, 413, 422) and more is None and self.more_tokens and "max_tokens" in body:
+                more = 0  # they may be too many for the server, not the prompt too long
+                continue
             if status in (400, 413, 422):
                 about_prompt = self.ABOUT_PROMPT.search(told)
                 new = kind not in self.reached  # what the server has taken before is not what it refuses
                 if new and not about_prompt and self._adapt(sent, told):
                     continue
-                if about_prompt or self.reached:
+            if status in (400, 403, 413, 422):
+                self.in_a_row += 1
+                others = self.reached or self.stats["cached"]  # were answered, so it is the prompt
+                few = status != 403 or self.in_a_row < self.IN_A_ROW
+                if self.ABOUT_PROMPT.search(told) or others and few:
                     return "", f"refused by the server: {told}"
             if status < 500 and status not in (408, 409, 429):
                 raise self._stop(f"the server refuses ({told}); check --llm, --base-url and OPENAI_API_KEY")
+            if status == 429 and self.n_answers > n_before:  # the host sets the pace, others had their turn
+                tries = min(tries, 5)
+                n_before = self.n_answers
+                self.pace.late(started)
             seconds = seconds or min(8, 0.5 * 2 ** tries) * random.uniform(0.75, 1)
             if seconds > 120 or tries == (self.RETRIES if self.reached else self.RETRIES_AT_FIRST):
+                if self.n_answers > n_before:
+                    return "", f"refused by the server: {told}"  # others are answered: it is the prompt
                 raise self._stop(f"the server keeps failing ({told}); start again to go on")
             await asyncio.sleep(seconds)
 
@@ -414,9 +446,11 @@ class LLM:
             # not create(): it checks types that we know, at 1.7 times the CPU time a call
             answer = await self.client.post("/chat/completions", cast_to=object, body=body)
         except openai.APIStatusError as error:
-            wait = error.response.headers.get("retry-after", "")
             told = self._told(error.status_code, error.body or error)
-            return None, error.status_code, told, int(wait) if wait.isdecimal() else 0
+            if self.TOO_FEW.search(told):  # OpenAI's thinking models say so
+                return {"choices": [{"message": {}, "finish_reason": "length"}]}, 200, "", 0
+            status = 503 if error.status_code in self.PASSING else error.status_code
+            return None, status, told, retry_after(error.response.headers)
         except openai.APIConnectionError as error:
             if isinstance(error.__cause__, httpx2.ReadTimeout):  # of lost connections ConnectTimeout comes
                 return None, 408, f"no answer in {self.timeout:g} s", 0
@@ -429,7 +463,8 @@ class LLM:
         first = choices[0] if choices and isinstance(choices, list) else answer
         if isinstance(first, dict) and first.get("error"):
             told = self._told(200, first["error"])
-            return None, 400 if self.ABOUT_PROMPT.search(told) else 500, told, 0
+            about_prompt = self.ABOUT_PROMPT.search(told) and not self.ABOUT_PACE.search(told)
+            return None, 400 if about_prompt else 500, told, 0
         return answer, 200, "", 0
 
     def _note(self, answer):
@@ -437,8 +472,10 @@ class LLM:
         if not isinstance(answer, dict):
             return
         self.stats["asked"] += 1
+        usage = answer.get("usage")
         for kind in ("prompt_tokens", "completion_tokens"):
-            self.stats[kind] += (answer.get("usage") or {}).get(kind) or 0
+            n = usage.get(kind) if isinstance(usage, dict) else None
+            self.stats[kind] += n if isinstance(n, int) else 0
         name = answer.get("model")
         self.answered_by = self.served or (name if isinstance(name, str) and name != self.model else None)
         self._use(self.answered_by)
@@ -450,11 +487,12 @@ class LLM:
                 + (f", at most {self.pace.limit} at once" if halved else ""))
         self.stats["late"] += 1
 
-    def _adapted(self, body):
+    def _adapted(self, body, more=None):
         """A request as this server takes it."""
         body = dict(body)
-        if self.more_tokens and "max_tokens" in body:
-            body["max_tokens"] += self.more_tokens
+        more = self.more_tokens if more is None else more
+        if more and "max_tokens" in body:
+            body["max_tokens"] += more
         for name in self.refused:
             value = body.pop(name, None)
             if value is not None and self.INSTEAD[name]:
@@ -466,13 +504,14 @@ class LLM:
 
     def _adapt(self, sent, told):
         """Whether the server refuses a parameter: requests go without it from now on."""
-        named = [name for name in self.INSTEAD if name in sent and re.search(rf"\b{name}\b", told)]
-        if not named and not self.reached and "response_format" in sent:
-            named = ["response_format"]  # the likeliest
-        for name in named:
-            self.refused[name] = True
-            instead = f"with {self.INSTEAD[name]}" if self.INSTEAD[name] else "without it"
-            say(f"{self.model}: the server takes no {name} ({told}); asking {instead} from now on")
+        places = {name: re.search(rf"\b{name}\b", told) for name in self.INSTEAD if name in sent}
+        named = min(filter(places.get, places), key=lambda name: places[name].start(), default="")
+        if not named and "response_format" in sent.keys() - set().union(*self.reached):
+            named = "response_format"  # the likeliest
+        if named:  # the first, others may be those that it takes
+            self.refused[named] = True
+            instead = f"with {self.INSTEAD[named]}" if self.INSTEAD[named] else "without it"
+            say(f"{self.model}: the server takes no {named} ({told}); asking {instead} from now on")
         return bool(named)
 
     def _told(self, status, message):
@@ -480,13 +519,23 @@ class LLM:
         if isinstance(message, dict):
             detail = message.get("detail")
             if isinstance(detail, list):  # FastAPI's: without the request, which it repeats
-                detail = "; ".join(f"{found.get('loc')} {found.get('msg')}" for found in detail)
+                detail = "; ".join(f"{found.get('loc')} {found.get('msg')}" if isinstance(found, dict)
+                                   else str(found) for found in detail)
             parts = [message.get("message") or detail or message, message.get("param")]
             message = " ".join(str(part) for part in parts if part)
         told = f"{status}: {' '.join(str(message).split())}"
         if len(self.secret) > 5:  # a real key, not the word `local`
             told = told.replace(self.secret, "***")
         return told[:300]
+
+
+def retry_after(headers):
+    """Seconds that a server asks to wait, told in seconds or as a date; 0 where it asks for none."""
+    told = headers.get("retry-after", "")
+    with contextlib.suppress(ValueError):
+        return min(max(0, float(told)), 1e9)
+    when = email.utils.parsedate_tz(told)
+    return max(0, email.utils.mktime_tz(when) - time.time()) if when else 0
 
 
 def digest(request):
@@ -498,9 +547,10 @@ def digest(request):
 # How thinking ends and begins where a server leaves it in the answer: that of Qwen and DeepSeek, Magistral,
 # Kimi, gpt-oss (with its marks, and without)
 THOUGHT_ENDS = re.compile(  # from the text's beginning: every other start would cost its whole length again
-    r"(?s)\A(.*(</think(ing)?>|\[/THINK\]|◁/think▷|<\|channel\|>final<\|message\|>)|"
-    r"analysis.*assistantfinal)")
-THOUGHT_BEGINS = re.compile(r"<think(ing)?>|\[THINK\]|◁think▷|<\|channel\|>|<\|(end|return)\|>")
+    r"(?si)\A(.*(</(seed:)?(think(ing)?|thought|reasoning)>|\[/THINK\]|◁/think▷|<\|END_THINKING\|>|"
+    r"<\|channel\|>final<\|message\|>)|analysis.*assistantfinal)")
+THOUGHT_BEGINS = re.compile(r"(?i)<(seed:)?(think(ing)?|thought|reasoning)\b[^<>]*>|\[THINK\]|◁think▷|"
+                            r"<\|START_THINKING\|>|<\|channel\|>|<\|(end|return)\|>")
 
 
 def without_thoughts(text):
@@ -508,6 +558,13 @@ def without_thoughts(text):
     answer = THOUGHT_ENDS.sub("", text)
     begins = THOUGHT_BEGINS.search(answer)
     return answer[:begins.start()] if begins else answer
+
+
+# Why an answer ended, as servers call it; all other words are a good end
+CUT_OFF = {"length", "max_tokens", "model_length", "max_length", "max_output_tokens"}  # Mistral's; Gemini's
+REFUSED = {"content_filter", "safety", "recitation", "prohibited_content", "blocklist", "sensitive",
+           "refusal"}
+FAILED = {"error", "abort", "aborted", "cancelled", "insufficient_system_resource", "network_error"}
 
 
 def read_answer(answer):
@@ -519,13 +576,15 @@ def read_answer(answer):
         if isinstance(text, list):  # parts: thinking, text
             text = "".join(part["text"] for part in text if part.get("type", "text") == "text")
         text = storable(text)
-        finish = choice.get("finish_reason")
+        finish = str(choice.get("finish_reason") or "").lower().partition(":")[0]
     except (TypeError, LookupError, AttributeError):
-        return "", "broken"
-    if message.get("refusal") or finish == "content_filter":
+        return storable(str(answer or ""))[:200], "broken"
+    if message.get("refusal") or finish in REFUSED:
         return storable(str(message.get("refusal") or text)), "refused"
-    if finish == "length":
+    if finish in CUT_OFF:
         return text, "cut off"
+    if finish in FAILED:
+        return text, "broken"
     return without_thoughts(text), None
 
 
@@ -618,6 +677,10 @@ def json_objects(text):
             yield found, text[start:end]
 
 
+# a score in prose
+ALSO = re.compile(r"(?i)\b(accuracy|completeness)\b[\"'*\s]*(?:[:=]|is\b)?[\"'*\s]*([0-9])\b")
+
+
 def read_score(value):
     """0, 1 or 2, also given as 2.0 or "2"; None for anything else."""
     found = re.fullmatch(r"([012])(\.0+)?", str(value).strip())
@@ -640,6 +703,9 @@ def parse_judgment(text, shown=()):
         if any("".join(source.split()) in passage for _, source in found for passage in passages):
             return None
     judgment = dict(zip(SCORES, judgments.pop()))
+    rest = functools.reduce(lambda rest, one: rest.replace(one[1], ""), found, text)
+    if any(judgment[name.lower()] != int(score) for name, score in ALSO.findall(rest)):
+        return None  # a draft beside what is no JSON
     return None if None in judgment.values() else judgment
 
 
@@ -657,8 +723,8 @@ async def judge(llm, query, lang, candidate, reference=None, votes=1):
     answers = [await llm.ask(messages, lambda text: parse_judgment(text, shown), WANTED,
                              response_format=JUDGMENT, max_tokens=64, **draw) for draw in draws]
     ballots = [answer | {"grade": min(answer.values())} for answer, _ in answers if answer]
-    if not ballots:
-        return None, answers[0][1]
+    if 2 * len(ballots) <= votes:
+        return None, next(reason for answer, reason in answers if not answer)
     counts = Counter(ballot["grade"] for ballot in ballots)
     return max(ballots, key=lambda ballot: (counts[ballot["grade"]], ballot["grade"])), None
 
@@ -683,11 +749,16 @@ def choose_reference(record, candidate, which="first"):
 
 
 def json_object(text):
-    """For argparse."""
+    """For argparse: what is added to requests, but for what makes them those of the stage."""
     try:
-        return parse_line("the settings", 1, text.encode())
+        settings = parse_line("the settings", 1, text.encode())
     except DataError as error:
         raise argparse.ArgumentTypeError(f"got {text[:40]!r}, want a JSON object") from error
+    for name in settings.keys() & {"messages", "model", "n", "stream", "extra_body", "extra_headers"}:
+        raise argparse.ArgumentTypeError(f"{name!r} is no setting of an answer; leave it out")
+    if not isinstance(settings.get("seed"), int | None):
+        raise argparse.ArgumentTypeError("'seed' is no whole number; leave it out")
+    return settings
 
 
 def server_flags(parser):

@@ -874,6 +874,10 @@ FOUND = [
     ("\u06a9\u062a\u0627\u0628\u200c\u0647\u0627", "\u06a9\u062a\u0627\u0628"),
     (unicodedata.normalize("NFD", "\uc11c\uc6b8 Vi\u1ec7t"), "\uc11c\uc6b8 vi\u1ec7t"),
     ("\uff2e\uff41\uff49\uff52\uff4f\uff42\uff49", "nairobi"),
+    ("\u6211\u7231Python\u7f16\u7a0b", "Python"),  # among letters without spaces
+    ("\u51fa\u751f\u4e8e1987\u5e74", "1987"),
+    ("\u0e43\u0e0a\u0e49Facebook\u0e17\u0e38\u0e01", "Facebook"),
+    ("Mate30\u624b\u673a", "\u624b\u673a"),
 ]
 
 
@@ -881,6 +885,32 @@ FOUND = [
 def test_a_word_is_found_in_a_text_of_its_script_without_a_tokenizer(text, word):
     of_text, of_word = BM25(Alone()).terms([text, word])
     assert of_word and set(of_word) <= set(of_text)
+
+
+def test_a_positive_whose_docid_is_another_text_in_the_corpus_is_refused(words, tmp_path):
+    rows = [json.loads(line) for line in (words / "data/train.jsonl").read_text("utf-8").splitlines()]
+    rows[0]["positive_passages"][0]["text"] = "something else"
+    (tmp_path / "q.jsonl").write_text(json.dumps(rows[0]) + "\n", "utf-8")
+    with pytest.raises(DataError, match="a positive, has another text in the corpus"):
+        run_mine(words, tmp_path, "--queries", tmp_path / "q.jsonl", "--depth", 50)
+
+
+def test_languages_and_corpora_that_are_not_what_they_seem_are_told(tmp_path, capsys):
+    from common import corpus_files, read_queries
+
+    line = {"query_id": "1", "lang": "sw", "query": "q", "positive_passages": [{"docid": "d", "text": "t"}]}
+    (tmp_path / "in.jsonl").write_text(json.dumps(line) + "\n")
+    for _ in range(2):
+        assert len(list(read_queries(tmp_path / "in.jsonl", ["sw", "xx"]))) == 1
+    assert capsys.readouterr().err.count("in.jsonl: no queries in xx") == 1  # a thing once
+    for name in ("sw.jsonl", "te/a.jsonl", "te/b.jsonl.gz", "th.jsonl", "th.jsonl.gz", "id.jsonl", "id/a.jsonl",
+                 "ko/a.jsonl", "ko/b.jsonl.zst"):  # fmt: skip
+        (tmp_path / "corpus" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "corpus" / name).write_text("")
+    assert [len(corpus_files(tmp_path, lang)) for lang in ("sw", "te")] == [1, 2]
+    for lang in ("th", "id", "ko"):
+        with pytest.raises(DataError, match=f"for {lang}; want one CODE.jsonl"):
+            corpus_files(tmp_path, lang)
 
 
 def test_sub_words_of_marks_alone_and_bytes_of_letters_are_terms_and_punctuation_is_not(tmp_path):

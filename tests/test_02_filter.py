@@ -893,3 +893,36 @@ def test_a_higher_drop_at_is_advised_only_where_it_keeps_more(tmp_path, grades, 
     assert f"0 of 2 candidates kept at --drop-at {drop_at}; " in told
     assert told.endswith("look at the judge's answers")
     assert ("try --drop-at 2" in told) == advised
+
+
+def test_an_export_removes_its_own_earlier_files_alone(tmp_path):
+    write(tmp_path / "in.jsonl", records(1))
+    for name in ("b.jsonl", "b-2.jsonl", "b-answers.jsonl", "b-2-errors.jsonl"):
+        (tmp_path / name).write_text("paid for")
+    filter_(tmp_path, "", "--batch-export", tmp_path / "b.jsonl", "--overwrite")
+    assert {path.name for path in tmp_path.glob("b*")} == {"b.jsonl", "b-answers.jsonl", "b-2-errors.jsonl"}
+
+
+def test_an_import_keeps_its_version_and_what_was_usable(tmp_path):
+    write(tmp_path / "in.jsonl", records(2))
+    filter_(tmp_path, "", "--batch-export", tmp_path / "b.jsonl")
+    good = answered([tmp_path / "b.jsonl"])
+    bad = [json.dumps({"custom_id": json.loads(line)["custom_id"], "response": {"body": {"choices": [
+           {"message": {"content": "I would rather not say."}, "finish_reason": "stop"}]}}}) + "\n"
+           for line in good]  # fmt: skip
+    (tmp_path / "good.jsonl").write_text("".join(good))
+    (tmp_path / "bad.jsonl").write_text("".join(bad))
+    for version in ([], ["--llm-version", "v1"]):
+        flags = ["--batch-import", tmp_path / "bad.jsonl", tmp_path / "good.jsonl", tmp_path / "bad.jsonl"]
+        out = filter_(tmp_path, "", *flags, *version, out=f"out{len(version)}.jsonl", cache=f"c{len(version)}")
+        assert meta(out)["unjudged"] == 0 and meta(out)["candidates"] > 0
+
+
+def test_a_cascade_of_two_models_of_one_name_is_refused(tmp_path):
+    write(tmp_path / "in.jsonl", records(1, 4, 0))
+    with Running() as server:
+        flags = ["--cascade-llm", "judge", "--cascade-base-url", server.url]
+        with pytest.raises(common.DataError, match="--cascade-llm judge has the name of --llm"):
+            filter_(tmp_path, server.url, *flags)
+        filter_(tmp_path, server.url, *flags, "--llm-version", "large")
+        assert len(server.bodies) > 4  # both were asked

@@ -8,6 +8,7 @@ from conftest import load_stage
 from faulty_server import Running, scores
 
 import common
+from common import DataError
 
 
 def passage(docid, text="x"):
@@ -209,6 +210,13 @@ def test_a_sheet_is_blind_shuffled_and_half_removed(sheet, tmp_path):
         5,
     )
     assert sheet.read_bytes() != before
+
+
+def test_a_sheet_fits_its_own_key_alone(sheet, tmp_path, capsys):
+    flags = ["--input", tmp_path / "filtered.jsonl", "--per-language", 8, "--seed", 5]
+    run("sample", *flags, "--out", tmp_path / "other.csv")
+    with pytest.raises(DataError, match="is not in .*other.csv.key.csv; give its key"):
+        run("score", sheet, "--key", tmp_path / "other.csv.key.csv")
 
 
 def fill(sheet, path, label):

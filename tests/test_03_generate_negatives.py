@@ -17,6 +17,7 @@ import tiny_lm
 from conftest import ROOT, load_stage, run_stage
 
 import offline_llm
+from common import DataError
 from sample import stand_in
 
 LANGS = ["sw", "th"]
@@ -168,6 +169,39 @@ def test_given_negatives_that_are_positives_false_negatives_or_repeated_are_repl
     check([out], 12)
     assert out["negative_passages"][0]["docid"] == others[1]["docid"]
     assert not {"copy", "copy2", "copy3", "copy4"} & {p["docid"] for p in out["negative_passages"]}
+
+
+def test_what_answers_the_same_question_under_another_id_is_no_negative(data, server):
+    first, second, *_ = read(data / "in.jsonl")
+    twin = first | {"query_id": "twin", "query": f" {first['query'].upper()}"}
+    twin["positive_passages"] = second["positive_passages"]
+    write(data / "in.jsonl", [first, twin])
+    out, _ = generate(data, server, "--no-judge-new", target=40)
+    answers = {p["docid"] for record in (first, twin) for p in record["positive_passages"]}
+    assert not any(p["docid"] in answers for record in out for p in record["negative_passages"])
+
+
+def test_candidates_that_nobody_judged_are_no_input(data, server):
+    rows = read(data / "in.jsonl")
+    write(data / "in.jsonl", [rows[0] | {"candidate_passages": rows[0]["positive_passages"]}])
+    done = run_stage("03_generate_negatives.py", *arguments(data, server))
+    assert done.returncode == 2 and "in.jsonl:1: candidates that nobody has judged; run 02_" in done.stderr
+
+
+def test_a_judge_that_does_not_judge_is_told_and_not_made_up_for_at_random(data, server):
+    server.reply = lambda kind, text: "I would rather not say." if kind == "judge" else text
+    with pytest.raises(DataError, match="new passages got no usable judgment .unparsable., more than --max-dri"):
+        generate(data, server)
+    assert not (data / "out.jsonl").exists()
+
+
+def test_a_query_that_is_announced_and_explained_is_the_query(data, server):
+    server.reply = lambda kind, text: f"Here is a query:\n\n{text}\n\nIt asks." if kind == "query" else text
+    announced, _ = generate(data, server)
+    server.reply = lambda kind, text: text
+    plain, _ = generate(data, server, out="plain.jsonl", cache="other")
+    queries = [[record["generated_query"] for record in records] for records in (announced, plain)]
+    assert queries[0] == queries[1] and any(queries[0])
 
 
 def test_queries_that_are_not_short_cost_no_call_and_keep_their_first_n(data, server):

@@ -31,6 +31,9 @@ TOO_LONG = {
 }
 
 
+busy = []  # when the last calls came
+
+
 def refuse(name, value="not supported with this model"):
     return 400, {"error": {"message": f"Unsupported parameter: '{name}' is {value}.", "param": name}}
 
@@ -64,6 +67,39 @@ def reply(manner, body, number):
         return 200, {"choices": [{"message": message, "finish_reason": "error", "error": error}]}
     if kind == "always error in 200":
         return 200, {"error": {"message": "Upstream error: model overloaded", "code": 502}}
+    third, fifth = number % 3 == 1, number % 5 == 3
+    if kind == "ends" and third and "Your last answer" not in body["messages"][-1]["content"]:
+        text, finish = f"A first thought would be {DRAFT}, but the candidate is about", what
+    if kind == "rate in 200" and third:
+        return 200, {"error": {"code": 429, "message": "Rate limit exceeded: free-models-per-min."}}
+    if kind == "no choices" and third:
+        return 200, {"choices": []}
+    if kind == "passing" and third:
+        return int(what), {"error": {"message": "Request cancelled, try again", "code": int(what)}}
+    if kind == "moderation" and fifth:
+        return int(what[:3]), {"error": {"message": what[5:], "code": int(what[:3])}}
+    if kind == "at most 4096 tokens" and (fifth or budget > 4096):
+        told = f"max_tokens is too large: {budget}. This model supports at most 4096 completion tokens."
+        if budget > 4096:
+            return 400, {"error": {"message": told, "param": "max_tokens"}}
+        text, finish = text[:5], "length"
+    if kind == "thinks first" and budget < 1500:
+        told = "Could not finish the message because max_tokens or model output limit was reached."
+        return 400, {"error": {"message": told}}
+    if kind == "lists what it takes" and "seed" in body:
+        told = "Unknown parameter seed. Supported are max_tokens, temperature, top_p and response_format."
+        return 400, {"error": {"message": told}}
+    if kind == "busy":
+        now = time.monotonic()
+        busy[:] = [at for at in busy if at > now - 0.5]
+        if len(busy) >= 8:  # calls in half a second
+            return 429, {"error": {"message": "Rate limit reached", "code": 429}}
+        busy.append(now)
+    if kind == "tags":
+        opening, closing = what.split()
+        text = f"{opening}\nPerhaps {DRAFT}? No.\n{closing}\n\n{text}"
+    if kind == "draft" and "Your last answer" not in body["messages"][-1]["content"]:
+        text = what.replace("DRAFT", DRAFT)
     if kind == "think":
         text = f"<think>\nPerhaps {DRAFT}? No.\n</think>\n\n{text}"
     elif kind == "think, not opened":
@@ -183,6 +219,102 @@ LEARNED = {  # calls beyond one a candidate
 @pytest.mark.parametrize("manner", [*PLAIN, *LEARNED])
 def test_a_manner_costs_no_judgment_and_is_learned_once(tmp_path, manner):
     assert judged(tmp_path, manner) == (60 + LEARNED.get(manner, 0), 60, 60, 0, 0)
+
+
+ENDS = ["max_tokens", "MAX_TOKENS", "model_length", "insufficient_system_resource", "abort", "SAFETY", "error: x"]
+TAGS = ["<thought> </thought>", "<THINK> </THINK>", "<|START_THINKING|> <|END_THINKING|>",
+        "<reasoning> </reasoning>", "<seed:think> </seed:think>"]
+DRAFTS = ['Draft DRAFT -> final {"accuracy": 0, "completeness": 0,}', "DRAFT Final: accuracy 0, completeness 0",
+          "DRAFT, no: {'accuracy': 0, 'completeness': 0}"]
+
+
+@pytest.mark.parametrize("manner", [f"tags: {tags}" for tags in TAGS])
+def test_thoughts_in_the_tags_of_other_models_are_no_answer(tmp_path, manner):
+    assert judged(tmp_path, manner) == (60, 60, 60, 0, 0)
+
+
+@pytest.mark.parametrize("manner", [f"ends: {finish}" for finish in ENDS] + [f"draft: {d}" for d in DRAFTS])
+def test_what_ended_badly_and_a_draft_beside_an_answer_are_no_judgments(tmp_path, manner):
+    calls, n, right, unjudged, status = judged(tmp_path, manner)
+    assert (right, unjudged, status) == (n, 0, 0) and n < calls <= 2 * n + 1
+
+
+@pytest.mark.parametrize("manner", ["rate in 200", "no choices", *(f"passing: {n}" for n in (408, 424, 498, 499))])
+def test_trouble_that_passes_is_waited_out(tmp_path, manner, monkeypatch):
+    monkeypatch.setattr(llm.random, "uniform", lambda *_: 0.05)
+    calls, n, right, unjudged, status = judged(tmp_path, manner, n=1)
+    assert (right, unjudged, status) == (n, 0, 0) and n < calls <= 2 * n
+
+
+@pytest.mark.parametrize("told", ["403: requires moderation and your input was flagged", "400: Content Exists Risk",
+                                  "403: <html>blocked by the firewall</html>"])
+def test_a_prompt_that_is_always_refused_ends_no_run_be_it_the_first(tmp_path, told):
+    calls, n, right, unjudged, status = judged(tmp_path, f"moderation: {told}")
+    assert (calls, right, unjudged, status) == (n, n - n // 5, n // 5, 0)
+    with Manner(f"moderation: {told}") as server:  # now nothing else is to be asked
+        server.bodies += [{}, {}]
+        filter_(tmp_path, server.url, "--max-unjudged", 0.25, "--concurrency", 1)
+    assert meta(tmp_path / "out.jsonl")["unjudged"] <= n // 5
+
+
+def test_more_tokens_than_the_server_takes_are_not_asked_for(tmp_path):
+    calls, n, right, unjudged, status = judged(tmp_path, "at most 4096 tokens")
+    assert status == 0 and right + unjudged == n and unjudged <= n // 5
+
+
+def test_a_model_whose_thoughts_do_not_fit_gets_more_tokens(tmp_path):
+    assert judged(tmp_path, "thinks first") == (61, 60, 60, 0, 0)
+
+
+def test_of_the_parameters_that_a_refusal_names_the_first_is_left_out(tmp_path, capsys):
+    with Manner("lists what it takes") as server:
+        write(tmp_path / "in.jsonl", records(1, 4, 0))
+        filter_(tmp_path, server.url, "--votes", 2)
+    assert {"max_tokens", "temperature", "response_format"} <= server.bodies[-1].keys()
+    assert "seed" not in server.bodies[-1]
+
+
+def test_a_host_that_takes_few_calls_at_a_time_sets_the_pace(tmp_path, monkeypatch):
+    monkeypatch.setattr(llm.LLM, "RETRIES", 10)
+    monkeypatch.setattr(llm.random, "uniform", lambda *_: 0.05)
+    calls, n, right, unjudged, status = judged(tmp_path, "busy")
+    assert (right, unjudged, status) == (n, 0, 0)
+
+
+@pytest.mark.parametrize("settings", ['{"messages": []}', '{"model": "x"}', '{"n": 4}', '{"stream": true}',
+                                      '{"extra_body": {}}', '{"seed": "x"}'])
+def test_settings_that_are_no_settings_are_refused(tmp_path, settings, capsys):
+    with pytest.raises(SystemExit):
+        judged(tmp_path, "plain", "--llm-settings", settings)
+    assert "leave it out" in capsys.readouterr().err
+
+
+def test_votes_differ_by_seed_whatever_the_users_and_most_must_be_usable(tmp_path):
+    write(tmp_path / "in.jsonl", records(1, 2, 0))
+    with Manner("plain") as server:
+        filter_(tmp_path, server.url, "--votes", 3, "--llm-settings", '{"seed": 42}')
+    assert sorted({body["seed"] for body in server.bodies}) == [42, 43, 44] and len(server.bodies) == 6
+    passage = records(1)[0]["candidate_passages"][0]
+
+    class Votes:
+        def __init__(self, usable):
+            self.usable = usable
+
+        async def ask(self, *_, seed, **__):
+            usable = seed in self.usable
+            return ({"accuracy": 1, "completeness": 1}, None) if usable else (None, "refused")
+
+    for usable, verdict in (((0, 1), {"accuracy": 1, "completeness": 1, "grade": 1}), ((2,), None)):
+        found, reason = asyncio.run(llm.judge(Votes(usable), "q", "sw", passage, votes=3))
+        assert found == verdict and (found or reason == "refused")
+
+
+@pytest.mark.parametrize("headers, seconds", [({"retry-after": "2.5"}, 2.5), ({"retry-after": "7"}, 7),
+                                              ({}, 0), ({"retry-after": "soon"}, 0)])
+def test_how_long_a_server_asks_to_wait(headers, seconds):
+    assert llm.retry_after(headers) == seconds
+    date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 60))
+    assert 57 < llm.retry_after({"retry-after": date}) <= 60
 
 
 @pytest.mark.parametrize("manner", ["refuses: seed", "422: seed"])

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (LANGUAGES, DataError, Output, Parser, atomic, parse_line, read_json, read_lines,
-                    read_queries, run, short_name)
+from common import (LANGUAGES, DataError, Output, Parser, atomic, digest_file, digest_folder, parse_line,
+                    read_json, read_lines, read_queries, run, short_name)
 
 PAPER = json.loads(Path(__file__).with_name("paper.json").read_text("utf-8"))
 ELIMINATED = PAPER["eliminated"] | {"all": PAPER["eliminated"]["avg"]}
@@ -50,7 +50,21 @@ def gather(folder, lang=None, limit=None):
         found["log"] = [parse_line(paths["log"], *numbered) for numbered in read_lines(paths["log"])]
     if paths["records"] in there:
         found["records"] = count_records(paths["records"], lang, limit)
+    found["stale"] = stale(folder, found["model"])
     return found, there
+
+
+def stale(folder, trained):
+    """[what of a run is not of its last training], which the meta files tell by digests."""
+    said = []
+    seen = read_json(folder / "eval/metrics.json.meta.json").get("models", {})
+    if seen and (folder / "model").is_dir() and digest_folder(folder / "model") not in seen.values():
+        said.append("`eval/` is not of the model that is in `model/` now: run 06_eval.py again")
+    inputs = trained.get("inputs") or [{}]
+    topics = folder / "topics.jsonl"
+    if topics.is_file() and inputs[0].get("digest", "") not in ("", digest_file(topics)):
+        said.append("`model/` was not trained on `topics.jsonl` as it is now: run 05_train.py again")
+    return said
 
 
 def count_records(path, lang, limit):
@@ -279,7 +293,7 @@ def loss_figure(found, axis):
 
 def notes(found):
     """{note below figures: sentence on top}: what a reader must know before the numbers."""
-    said = {}
+    said = {sentence.partition(":")[0].replace("`", ""): f"**{sentence}.**" for sentence in found["stale"]}
     settings = found["metrics"].get("settings", {})
     arguments = [value for stage in ("filtered", "augmented")
                  for value in found[stage].get("arguments", {}).values()]

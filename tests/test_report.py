@@ -363,6 +363,22 @@ def test_the_stand_in_is_named_also_where_it_did_one_of_the_two_stages(report, t
     assert "offline stand-in" in make_report(report, run).split("\n## ")[0]
 
 
+def test_parts_that_are_not_of_the_last_training_are_told(report, tmp_path):
+    from common import digest_file, digest_folder
+
+    run = make_run(tmp_path)
+    (run / "model/config.json").write_text("{}")
+    digests = {"model": digest_folder(run / "model"), "topics": digest_file(run / "topics.jsonl")}
+    for stale in (None, "model", "topics"):
+        now = digests | ({stale: "another"} if stale else {})
+        (run / "eval/metrics.json.meta.json").write_text(json.dumps({"models": {"0 model": now["model"]}}))
+        meta = json.loads((run / "model.meta.json").read_text()) | {"inputs": [{"digest": now["topics"]}]}
+        (run / "model.meta.json").write_text(json.dumps(meta))
+        text = make_report(report, run, "--overwrite")
+        assert ("`eval/` is not of the model" in text) == (stale == "model")
+        assert ("`model/` was not trained on" in text) == (stale == "topics")
+
+
 def test_lang_and_limit_change_what_is_shown(report, tmp_path):
     run = make_run(tmp_path)
     text = make_report(report, run, "--lang", "te", "th")

@@ -253,7 +253,7 @@ class LLM:
         """
         of_try = settings.get("seed")
         settings |= self.settings
-        if of_try and settings["seed"] != of_try and settings["seed"] is not None:
+        if of_try and self.settings.get("seed") is not None:
             settings["seed"] += of_try  # another one for each vote and try
         if "max_completion_tokens" in self.settings:
             settings.pop("max_tokens", None)

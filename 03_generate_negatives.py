@@ -427,8 +427,8 @@ def cosines(lang, queries, ensemble, args):
     for source in sorted({source for source, _, _ in pairs}):
         of_source = [pair for pair in pairs if pair[0] == source]
         _, records, passages = zip(*draw.sample(of_source, min(DRIFT_SAMPLE, len(of_source))))
-        positives = [passage_text(record["positive_passages"][0]) for record in records]
-        negatives = encoder.encode(list(map(passage_text, passages)), "passage")  # (n, D)
+        positives = [encoder.passage_text(record["positive_passages"][0]) for record in records]
+        negatives = encoder.encode(list(map(encoder.passage_text, passages)), "passage")  # (n, D)
         near = {"query": encoder.encode([record["query"] for record in records], "query"),
                 "positive": encoder.encode(positives, "passage")}
         table[source] = {"n": len(records)} | {

@@ -243,6 +243,7 @@ def load_model(folder, device):
     """The SentenceTransformer of a folder in fp32; DataError where what it needs is missing or damaged."""
     import torch
     from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling
     from transformers.utils.logging import disable_progress_bar
     torch.set_float32_matmul_precision("highest")  # "medium" is bf16 on some CPUs, whoever asked for it
@@ -267,8 +268,9 @@ def load_model(folder, device):
         check_kind(folder)
         model = SentenceTransformer(str(folder), device=device, local_files_only=True,
                                     model_kwargs={"dtype": torch.float32})
-        if not any(isinstance(module, Pooling) for module in model):
-            raise ValueError("it is no transformer with a pooling, which gives a vector a text")
+        if not (isinstance(model[0], Transformer) and any(isinstance(module, Pooling) for module in model)):
+            names = ", ".join(type(module).__name__ for module in model)
+            raise ValueError(f"it is no transformer with a pooling but {names}")
         tokenizer = check_tokenizer(model.tokenizer)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # whatever it is, it is masked
         if tokenizer.pad_token is None:

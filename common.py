@@ -404,7 +404,7 @@ def corpus_files(data, lang):
     parts = sorted(p for p in (root / lang).glob("*") if p.name.endswith((".jsonl", ".jsonl.gz")))
     if not whole + parts:
         raise DataError(f"{root}/{lang}.jsonl not found; make it with 00_prepare_data.py, or change --lang")
-    others = [path for path in (root / lang).glob("[!.]*") if path not in parts]
+    others = [path for path in (root / lang).glob("*.json*") if path not in parts]
     if len(whole) + bool(parts) > 1 or others:
         names = " ".join(path.name for path in whole + parts[:1] + others[:1])
         raise DataError(f"{root}: {names} for {lang}; want one CODE.jsonl[.gz], or one folder of such files")
@@ -592,10 +592,15 @@ class Output:
         """Whether the output is already there; DataError where it, or something in it, is somebody else's."""
         if not self.path.exists() or self.overwrite and self.path.is_file():
             return False
-        if not self.meta_path.exists() and not self.overwrite:
+        if not self.meta_path.exists() and not self.overwrite and (self.path.is_file() or self.parts):
             raise DataError(f"{self.path} exists and was not made by this script; pass --overwrite, "
                             "or another --out")
-        meta = read_json(self.meta_path)
+        try:
+            meta = read_json(self.meta_path)
+        except DataError:
+            if not self.overwrite:
+                raise
+            meta = {}
         found = self.digests(self.path) if self.path.is_dir() else {"": digest_file(self.path)}
         made = meta.get("files", {}) if self.path.is_dir() else {"": meta.get("digest")}
         untouched = made.items() <= found.items()

@@ -216,6 +216,17 @@ def test_what_others_put_into_an_output_folder_is_not_lost(topics, flags):
     assert run_export(topics, out, *flags)[0] == 0 and len((out / "th.jsonl").read_text().splitlines()) == 1
 
 
+def test_a_damaged_meta_file_is_no_leave_to_delete(topics):
+    out = topics.parent / "out"
+    run_export(topics, out)
+    (topics.parent / "out.meta.json").write_text("[")
+    assert "make it with --overwrite" in run_export(topics, out)[1]
+    (topics.parent / "out.meta.json").unlink(missing_ok=True)
+    for flags in ([], ["--overwrite"]):
+        status, told = run_export(topics, out, *flags)
+        assert status == 2 and "holds fa.jsonl, which this script did not make; move it away" in told
+
+
 def test_a_folder_with_the_input_in_it_is_not_replaced(topics):
     for out in (topics.parent, f"{topics.parent}/no/.."):
         status, told = run_export(topics, out, "--overwrite")

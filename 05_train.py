@@ -76,7 +76,6 @@ class Query(NamedTuple):
     topic: int
     offset: int   # of its line in the file
     marks: tuple  # hashes of its question and what answers it, which no other query of a batch may share
-    known: tuple = ()  # names of what answers its question, under whatever id
 
 
 def read_index(args):
@@ -84,7 +83,6 @@ def read_index(args):
     if args.input.endswith(".gz"):
         raise DataError(f"{args.input}: records are read by offset, which gzip does not allow; gunzip it")
     queries = []
-    known = defaultdict(set)  # {question: names of its answers}: it may stand under several ids
     starts = [0, *accumulate(len(line) for _, line in read_lines(args.input, blank=True))]
     for number, record in numbered_queries(args.input, args.lang, args.limit, judged=True):
         key = record["lang"], record["query_id"]
@@ -99,12 +97,10 @@ def read_index(args):
                             "with 04_cluster_topics.py, or drop it and pass --topic-power 1")
         marks = [normalise(record["query"]), *((key[0], p["docid"]) for p in record["positive_passages"])]
         queries.append(Query(*key, topic, starts[number - 1], tuple(map(hash, marks))))
-        known[key[0], hash(marks[0])] |= names(key[0], record["positive_passages"])
-    answers = defaultdict(set)  # {question: marks of all that ask it}
+    answers = defaultdict(set)  # {question: marks of all that ask it}: it may stand under several ids
     for query in queries:
         answers[query.lang, query.marks[0]].update(query.marks)
-    return [query._replace(marks=tuple(answers[query.lang, query.marks[0]]),
-                           known=tuple(known[query.lang, query.marks[0]])) for query in queries]
+    return [query._replace(marks=tuple(answers[query.lang, query.marks[0]])) for query in queries]
 
 
 def read_records(file, queries):
@@ -112,7 +108,7 @@ def read_records(file, queries):
     for query in queries:
         file.seek(query.offset)
         record = parse_query(file.name, f"byte {query.offset}", file.readline(), [query.lang])
-        yield record | {"known": query.known}
+        yield record | {"marks": query.marks}
 
 
 def by_language(queries):
@@ -216,9 +212,9 @@ def names(lang, passages):
 
 
 def relevant_to(record):
-    """names of what is no negative of a record: its positives, false negatives, its question's answers."""
+    """names of what is no negative of a record: its positives and false negatives, its question's answers."""
     own = names(record["lang"], record["positive_passages"] + record.get("false_negatives", []))
-    return own.union(record.get("known", ()))
+    return own.union(record.get("marks", ()))  # those are of all that ask the same
 
 
 def collate(records, uses, args):
@@ -356,10 +352,8 @@ def validate(encoder, dev_queries, file):
             score = dict(zip(pool, scores))
             best = max(score[passage["docid"]] for passage in record["positive_passages"])
             relevant = relevant_to(record)
-            for docid in pool:
-                if not relevant.isdisjoint(known[docid]):
-                    del score[docid]
-            ranks.append(1 + sum(value >= best - TIE for value in score.values()))
+            others = [score[docid] for docid in pool if relevant.isdisjoint(known[docid])]
+            ranks.append(1 + sum(value >= best - TIE for value in others))
         mrr = np.mean([1 / rank if rank <= 10 else 0 for rank in ranks])
         found[lang] = {"queries": len(records), "mrr@10": round(float(mrr), 4)}
     dev = dict(sorted(pair for part in gather(found) for pair in part.items()))

@@ -622,12 +622,12 @@ def test_validation_and_training_leave_out_the_same(tmp_path):
     """A positive's text under another docid, and what answers the same question under another id."""
     records = [dev_record("0", ["p"], ["n", "other"]), dev_record("1", ["other"], ["n"])]
     records[0]["negative_passages"].append({"docid": "copy", "text": " P "})
-    records[1]["negative_passages"].append({"docid": "again", "text": "p"})
+    records[1]["negative_passages"].append({"docid": "p", "text": "p"})
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), "utf-8")
     args = Namespace(input=str(tmp_path / "in.jsonl"), lang=None, limit=None, topic_power=1, negatives=2)
     args.seed, args.no_in_batch = 13, False
     queries = stage.read_index(args)
-    vectors = {"p": [0.5, 1], " P ": [0.9, 1], "other": [0.6, 1], "n": [0.1, 1], "q": [1, 0]}
+    vectors = {"p": [0.5, 1], " P ": [0.55, 1], "other": [0.6, 1], "n": [0.1, 1], "q": [1, 0]}
     with open(args.input, "rb") as file:
         assert stage.validate(Fixed(vectors), queries, file)[0] == 1
         first, second = stage.read_records(file, queries)

@@ -56,10 +56,10 @@ def check_flags(args):
     if args.depth < 100:
         raise DataError(f"--depth {args.depth}: Recall@100 needs at least 100; raise it")
     check_settings(args.settings, args.models)
-    data = Path(args.data)
+    data = Path(args.data).absolute()
     made = read_json(data.with_name(f"{data.name}.meta.json")).get("arguments", {})
-    if made.get("min_relevance", 1) != args.min_relevance:
-        say(f"--min-relevance {args.min_relevance} here, {made.get('min_relevance', 1)} when {data} was made")
+    if made.get("min_relevance", args.min_relevance) != args.min_relevance:
+        say(f"--min-relevance {args.min_relevance} here, {made['min_relevance']} when {args.data} was made")
 
 
 def names_of(models):

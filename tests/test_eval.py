@@ -466,6 +466,14 @@ def test_recall_counts_from_the_relevance_asked_for(made, stage, tmp_path, capsy
     assert one["a"]["avg"]["recall@100"] != two["a"]["avg"]["recall@100"]
 
 
+def test_the_data_may_be_the_folder_one_is_in(made, stage, tmp_path, monkeypatch):
+    monkeypatch.chdir(made / "data")
+    flags = ["--data", ".", "--models", str(made / "a"), "--cache", str(made / "cache"), "--device", "cpu"]
+    stage.main([*flags, "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "metrics.json").read_text("utf-8"))["models"]["a"]
+    assert found == json.loads((made / "eval/metrics.json").read_text("utf-8"))["models"]["a"]
+
+
 def test_the_terms_of_bm25_are_named(made, stage, tmp_path, capsys):
     for models, terms in (((made / "a", "bm25"), "a"), (("bm25", made / "b"), "b"), ((made / "a",), None)):
         found = evaluate(stage, made, tmp_path / f"{terms}", *models)

@@ -166,6 +166,7 @@ def sample(args):
 
 def read_csv(path, columns):
     """[(line, row)] of a CSV file that has these columns."""
+    csv.field_size_limit(2**31 - 1)  # the longest passage
     try:
         with io.TextIOWrapper(open_text(path), "utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)

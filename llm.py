@@ -216,15 +216,16 @@ class LLM:
     def _connect(self):
         import httpx2  # what openai itself is built on
         import openai
-        url = self.base_url or os.environ.get("OPENAI_BASE_URL")
-        self.secret = os.environ.get("OPENAI_API_KEY", "").strip() or ("local" if url else None)
+        given = self.base_url or os.environ.get("OPENAI_BASE_URL")
+        url = given or "https://api.openai.com/v1"  # also where it is empty
+        self.secret = os.environ.get("OPENAI_API_KEY", "").strip() or ("local" if given else None)
         if not self.secret:
             raise DataError("no LLM endpoint: set OPENAI_API_KEY, or point --base-url or OPENAI_BASE_URL at "
                             "one (python offline_llm.py --exec COMMAND starts one without a model)")
         if not (self.secret.isascii() and self.secret.isprintable()):
             raise DataError("OPENAI_API_KEY holds what no key has, such as a line break; set it again")
         try:
-            where = httpx2.URL(url or "https://openai")
+            where = httpx2.URL(url)
             known = where.scheme in ("http", "https") and where.host and not where.userinfo
         except httpx2.InvalidURL:
             known = False

@@ -212,6 +212,12 @@ def test_a_sheet_is_blind_shuffled_and_half_removed(sheet, tmp_path):
     assert sheet.read_bytes() != before
 
 
+def test_a_long_passage_is_read_back(tmp_path):
+    (tmp_path / "sheet.csv").write_text(f'item,passage,relevant\nsw-1,"{"x" * 200_000}",1\n', "utf-8")
+    ((_, row),) = load_stage("02a_check_judge").read_csv(tmp_path / "sheet.csv", ["item", "relevant"])
+    assert row["relevant"] == "1" and len(row["passage"]) == 200_000
+
+
 def test_a_sheet_fits_its_own_key_alone(sheet, tmp_path, capsys):
     flags = ["--input", tmp_path / "filtered.jsonl", "--per-language", 8, "--seed", 5]
     run("sample", *flags, "--out", tmp_path / "other.csv")

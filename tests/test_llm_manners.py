@@ -309,6 +309,17 @@ def test_votes_differ_by_seed_whatever_the_users_and_most_must_be_usable(tmp_pat
         assert found == verdict and (found or reason == "refused")
 
 
+def test_an_empty_address_is_that_of_openai(tmp_path, monkeypatch):
+    async def address():
+        asker = llm.LLM("m", tmp_path)
+        asker._connect()
+        await asker.client.close()
+        return str(asker.client.base_url)
+
+    monkeypatch.setenv("OPENAI_BASE_URL", "")
+    assert asyncio.run(address()) == "https://api.openai.com/v1/"
+
+
 @pytest.mark.parametrize("headers, seconds", [({"retry-after": "2.5"}, 2.5), ({"retry-after": "7"}, 7),
                                               ({}, 0), ({"retry-after": "soon"}, 0)])
 def test_how_long_a_server_asks_to_wait(headers, seconds):

@@ -357,9 +357,8 @@ def validate(encoder, dev_queries, file):
         mrr = np.mean([1 / rank if rank <= 10 else 0 for rank in ranks])
         found[lang] = {"queries": len(records), "mrr@10": round(float(mrr), 4)}
     dev = dict(sorted(pair for part in gather(found) for pair in part.items()))
-    total = sum(of["queries"] * of["mrr@10"] for of in dev.values())
-    n_queries = sum(of["queries"] for of in dev.values())
-    return round(total / n_queries, 4) if dev else None, dev
+    of_queries = [of["mrr@10"] for of in dev.values() for _ in range(of["queries"])]
+    return round(float(np.mean(of_queries)), 4) if dev else None, dev
 
 
 def train(args, encoder, queries, dev_queries, folder, run_key):

@@ -459,7 +459,8 @@ def test_grades_of_its_own_output_are_kept(tmp_path):
 
 
 def test_languages_that_differ_in_case_alone_and_tables_are_refused(tmp_path):
-    line = '{"query_id": "%s", "lang": "%s", "query": "q", "positive_passages": [{"docid": "d", "text": "t"}]}\n'
+    passages = '[{"docid": "d", "text": "t"}]'
+    line = '{"query_id": "%s", "lang": "%s", "query": "q", "positive_passages": ' + passages + "}\n"
     write(tmp_path / "in/train.jsonl", line % ("1", "zh") + line % ("2", "ZH"))
     assert "two of ZH zh differ in case alone" in refused("tevatron", tmp_path / "in", tmp_path / "out")
     write(tmp_path / "queries.tsv", "1\twhat\n")

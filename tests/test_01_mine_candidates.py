@@ -903,8 +903,8 @@ def test_languages_and_corpora_that_are_not_what_they_seem_are_told(tmp_path, ca
     for _ in range(2):
         assert len(list(read_queries(tmp_path / "in.jsonl", ["sw", "xx"]))) == 1
     assert capsys.readouterr().err.count("in.jsonl: no queries in xx") == 1  # a thing once
-    for name in ("sw.jsonl", "te/a.jsonl", "te/b.jsonl.gz", "th.jsonl", "th.jsonl.gz", "id.jsonl", "id/a.jsonl",
-                 "ko/a.jsonl", "ko/b.jsonl.zst"):  # fmt: skip
+    for name in ("sw.jsonl", "te/a.jsonl", "te/b.jsonl.gz", "th.jsonl", "th.jsonl.gz", "id.jsonl",
+                 "id/a.jsonl", "ko/a.jsonl", "ko/b.jsonl.zst"):  # fmt: skip
         (tmp_path / "corpus" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "corpus" / name).write_text("")
     assert [len(corpus_files(tmp_path, lang)) for lang in ("sw", "te")] == [1, 2]

@@ -914,7 +914,8 @@ def test_an_import_keeps_its_version_and_what_was_usable(tmp_path):
     (tmp_path / "bad.jsonl").write_text("".join(bad))
     for version in ([], ["--llm-version", "v1"]):
         flags = ["--batch-import", tmp_path / "bad.jsonl", tmp_path / "good.jsonl", tmp_path / "bad.jsonl"]
-        out = filter_(tmp_path, "", *flags, *version, out=f"out{len(version)}.jsonl", cache=f"c{len(version)}")
+        n = len(version)
+        out = filter_(tmp_path, "", *flags, *version, out=f"out{n}.jsonl", cache=f"c{n}")
         assert meta(out)["unjudged"] == 0 and meta(out)["candidates"] > 0
 
 

@@ -221,11 +221,12 @@ def test_a_manner_costs_no_judgment_and_is_learned_once(tmp_path, manner):
     assert judged(tmp_path, manner) == (60 + LEARNED.get(manner, 0), 60, 60, 0, 0)
 
 
-ENDS = ["max_tokens", "MAX_TOKENS", "model_length", "insufficient_system_resource", "abort", "SAFETY", "error: x"]
+ENDS = ["max_tokens", "MAX_TOKENS", "model_length", "insufficient_system_resource", "abort", "SAFETY",
+        "error: x"]
 TAGS = ["<thought> </thought>", "<THINK> </THINK>", "<|START_THINKING|> <|END_THINKING|>",
         "<reasoning> </reasoning>", "<seed:think> </seed:think>"]
-DRAFTS = ['Draft DRAFT -> final {"accuracy": 0, "completeness": 0,}', "DRAFT Final: accuracy 0, completeness 0",
-          "DRAFT, no: {'accuracy': 0, 'completeness': 0}"]
+DRAFTS = ['Draft DRAFT -> final {"accuracy": 0, "completeness": 0,}',
+          "DRAFT Final: accuracy 0, completeness 0", "DRAFT, no: {'accuracy': 0, 'completeness': 0}"]
 
 
 @pytest.mark.parametrize("manner", [f"tags: {tags}" for tags in TAGS])
@@ -239,15 +240,18 @@ def test_what_ended_badly_and_a_draft_beside_an_answer_are_no_judgments(tmp_path
     assert (right, unjudged, status) == (n, 0, 0) and n < calls <= 2 * n + 1
 
 
-@pytest.mark.parametrize("manner", ["rate in 200", "no choices", *(f"passing: {n}" for n in (408, 424, 498, 499))])
+PASSING = [f"passing: {status}" for status in (408, 424, 498, 499)]
+
+
+@pytest.mark.parametrize("manner", ["rate in 200", "no choices", *PASSING])
 def test_trouble_that_passes_is_waited_out(tmp_path, manner, monkeypatch):
     monkeypatch.setattr(llm.random, "uniform", lambda *_: 0.05)
     calls, n, right, unjudged, status = judged(tmp_path, manner, n=1)
     assert (right, unjudged, status) == (n, 0, 0) and n < calls <= 2 * n
 
 
-@pytest.mark.parametrize("told", ["403: requires moderation and your input was flagged", "400: Content Exists Risk",
-                                  "403: <html>blocked by the firewall</html>"])
+@pytest.mark.parametrize("told", ["403: requires moderation and your input was flagged",
+                                  "400: Content Exists Risk", "403: <html>blocked by the firewall</html>"])
 def test_a_prompt_that_is_always_refused_ends_no_run_be_it_the_first(tmp_path, told):
     calls, n, right, unjudged, status = judged(tmp_path, f"moderation: {told}")
     assert (calls, right, unjudged, status) == (n, n - n // 5, n // 5, 0)

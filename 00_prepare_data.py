@@ -353,8 +353,8 @@ class Collection:
                 raise DataError(f"{where}: query {record['query_id']!r} is there twice; drop one")
             asked.add((split, lang, record["query_id"]))
             in_dev.update([(lang, question)] * (split == "dev"))
-            if "positive_passages" not in record:  # else it brings its passages
-                judged.update((lang, docid) for docid in judgments)
+            own = record.get("positive_passages", []) + record.get("negative_passages", [])
+            judged.update((lang, docid) for docid in judgments.keys() - {p["docid"] for p in own})
             answers.update(hash((lang, question, docid)) for docid in self.positives(judgments))
         texts, kept = self.add_passages(passages, judged)
         for where, split, record, judgments in queries():

@@ -458,6 +458,19 @@ def test_grades_of_its_own_output_are_kept(tmp_path):
     assert "\t2\n" in (tmp_path / "two/qrels/train/ja.tsv").read_text("utf-8")
 
 
+def test_judgments_of_passages_that_a_record_does_not_bring_are_kept(tmp_path):
+    write(tmp_path / "in/corpus/sw.jsonl", "".join(json.dumps(passage(d, f"text {d}")) + "\n" for d in "abc"))
+    row = {"query_id": "1", "lang": "sw", "query": "q", "positive_passages": [passage("a", "text a")]}
+    for name in ("train", "dev"):
+        write(tmp_path / f"in/{name}.jsonl", json.dumps(row | {"query": name}) + "\n")
+    write(tmp_path / "in/qrels/train/sw.tsv", "1\t0\ta\t2\n1\t0\tb\t1\n1\t0\tc\t0\n")
+    prepare("tevatron", tmp_path / "in", tmp_path / "out")
+    (made,) = read(tmp_path / "out/train.jsonl")
+    assert [p["docid"] for p in made["positive_passages"]] == ["a", "b"]
+    assert [p["docid"] for p in made["negative_passages"]] == ["c"]
+    assert len((tmp_path / "out/qrels/train/sw.tsv").read_text().splitlines()) == 3
+
+
 def test_languages_that_differ_in_case_alone_and_tables_are_refused(tmp_path):
     passages = '[{"docid": "d", "text": "t"}]'
     line = '{"query_id": "%s", "lang": "%s", "query": "q", "positive_passages": ' + passages + "}\n"

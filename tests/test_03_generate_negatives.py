@@ -503,7 +503,7 @@ def test_questions_of_people_pass_and_garbage_does_not(lang, minimiracl):
     """mini-MIRACL: of en 2 of 66 questions are refused, whose positives are misjudged (the Death Star)."""
     stage = load_stage("03_generate_negatives")
     data, by_lang = minimiracl
-    records = by_lang[lang][:200]
+    records = by_lang[lang][:100]
     guard = guard_of(stage, data, records)
     questions, summaries = own_questions_and_summaries(stage, guard, records)
     passed, n = passing(stage, guard, records[:60], random.Random(lang))
@@ -580,23 +580,24 @@ def test_settings_and_version_are_the_generators(data, server):
     assert again == {"summary": n["summary"], "query": n["query"]}  # the judge's are kept
 
 
-@pytest.mark.parametrize(
-    "opening, end",
-    [
-        ("<think>\n", "</think>\n\n"),
-        ("", "</think>"),
-        ("<thinking>", "</thinking>"),
-        ("[THINK]", "[/THINK]"),
-        ("◁think▷", "◁/think▷"),
-        ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
-        ("analysis", "assistantfinal"),
-    ],
-)
-def test_of_a_generator_that_thinks_only_the_answer_is_used(data, server, opening, end):
+THOUGHTS = [
+    ("<think>\n", "</think>\n\n"),
+    ("", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("[THINK]", "[/THINK]"),
+    ("◁think▷", "◁/think▷"),
+    ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
+    ("analysis", "assistantfinal"),
+]
+
+
+def test_of_a_generator_that_thinks_only_the_answer_is_used(data, server):
     usual, _ = generate(data, server)
-    thought = f"{opening}Okay, the user wants me to summarise.\nQuestion: which?\n{end}"
-    server.reply = lambda kind, text: thought + text
-    assert generate(data, server, out="thought.jsonl", cache="other")[0] == usual
+    for number, (opening, end) in enumerate(THOUGHTS):
+        thought = f"{opening}Okay, the user wants me to summarise.\nQuestion: which?\n{end}"
+        server.reply = lambda kind, text, thought=thought: thought + text
+        given, _ = generate(data, server, out=f"thought-{number}.jsonl", cache=f"cache-{number}")
+        assert given == usual, opening
 
 
 def test_a_generator_that_is_cut_off_is_told_so(data, server):

@@ -188,7 +188,7 @@ def test_at_power_one_miracl_s_languages_and_topics_are_drawn_as_the_data_is(tmp
     lines = plan(tmp_path, full, "--epochs", 1, "--language-power", 1)
     for lang, steps in check(lines, full).items():
         assert abs(steps - n[lang] / len(full) * len(lines)) <= 1
-    lines = plan(tmp_path, full, "--epochs", 4, "--topic-power", 1)
+    lines = plan(tmp_path, full, "--epochs", 2, "--topic-power", 1)
     check(lines, full, topic_power=1)
     drawn, given = shares(lines, full)
     for lang, of in given.items():

@@ -29,24 +29,18 @@ class Answers:
     """
 
     def __init__(self, path):
+        from filelock import FileLock
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)  # private; SQLite's own files beside it get the same mode
-        with self._errors_told():
+        one_at_a_time = FileLock(path.with_name(f".{path.name}.lock"), mode=0o600)  # SQLite waits not for all
+        with self._errors_told(), one_at_a_time:
             self.db = sqlite3.connect(path, timeout=60, isolation_level=None)  # waits 60 s for others
-            for _ in range(600):  # a minute: SQLite does not wait here for others that open the file
-                with contextlib.suppress(sqlite3.OperationalError):
-                    self.db.execute("PRAGMA journal_mode = WAL")
-                    break
-                time.sleep(0.1)
+            self.db.execute("PRAGMA journal_mode = WAL")
             self.db.execute("PRAGMA synchronous = NORMAL")
-            self.db.execute("BEGIN IMMEDIATE")  # one process makes the table and takes over earlier answers
             self.db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT NOT NULL, "
                             "time INTEGER NOT NULL, model TEXT) WITHOUT ROWID")
-            imported = self._take_over(path.with_suffix(".jsonl"))
-            self.db.execute("COMMIT")
-        if imported:
-            imported.rename(f"{imported}.imported")
+            self._take_over(path.with_suffix(".jsonl"))
 
     @contextlib.contextmanager
     def _errors_told(self):
@@ -73,13 +67,13 @@ class Answers:
     def _take_over(self, earlier):
         """Read what earlier versions kept as JSON lines; of a line that a kill cut off nothing is used."""
         if not earlier.exists():
-            return None
+            return
         for line in earlier.read_bytes().splitlines():
             with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
                 record = json.loads(line)
                 self.store(str(record["key"]), storable(record["text"]))
+        earlier.rename(f"{earlier}.imported")
         say(f"{self.path}: took over the answers of {earlier}, now {earlier.name}.imported")
-        return earlier
 
 
 def storable(text):

@@ -93,43 +93,30 @@ class Pace:
     AT_FIRST = 16
 
     def __init__(self, most, timeout):
+        import anyio
+        self.slots = anyio.CapacityLimiter(min(self.AT_FIRST, most))
         self.most = most
         self.timeout = timeout
-        self.limit = min(self.AT_FIRST, most)
-        self.slots = asyncio.Semaphore(self.limit)
-        self.surplus = 0  # slots that vanish as soon as their calls end
         self.fastest = math.inf
-        self.grows = True
-        self.ended = Counter()  # since the limit was halved: whether calls were late
+        self.ended = Counter()  # since the slots were halved: whether calls were late
         self.counts_from = -math.inf  # calls made before this still waited behind those that were given up
-
-    async def __aenter__(self):
-        await self.slots.acquire()
-
-    async def __aexit__(self, *_):
-        if self.surplus:
-            self.surplus -= 1
-        else:
-            self.slots.release()
 
     def answered(self, started):
         seconds = time.monotonic() - started
         self.fastest = min(self.fastest, seconds)
         self.ended[False] += 1
         soon = seconds < max(self.timeout / 4, 2 * self.fastest)
-        if soon and self.grows and self.limit < self.most:
-            self.limit += 1
-            self.slots.release()
+        if soon and self.slots.total_tokens < self.most:
+            self.slots.total_tokens += 1
 
     def late(self, started):
-        """Whether this time-out halves the limit: one in ten calls is late, which is more than chance."""
+        """Whether this time-out halves the slots: one in ten calls is late, which is more than chance."""
         self.ended[True] += 1
         chance = 10 * self.ended[True] < self.ended.total()
-        if chance or self.limit == 1 or started < self.counts_from:
+        if chance or self.slots.total_tokens == 1 or started < self.counts_from:
             return False
-        self.surplus += self.limit - self.limit // 2
-        self.limit //= 2
-        self.grows = False
+        self.slots.total_tokens //= 2
+        self.most = self.slots.total_tokens  # it grows no more
         self.counts_from = time.monotonic() + self.timeout
         self.ended.clear()
         return True
@@ -364,7 +351,7 @@ class LLM:
         The first call of a kind goes alone: what it teaches is learned once.
         """
         kind = frozenset(body)
-        async with self.pace:
+        async with self.pace.slots:
             if kind not in self.reached:
                 async with self.first:
                     if kind not in self.reached:
@@ -479,7 +466,7 @@ class LLM:
         halved = self.pace.late(started)
         if halved or not self.stats["late"]:
             say(f"{self.model}: no answer in {self.timeout:g} s; such calls are made again"
-                + (f", at most {self.pace.limit} at once" if halved else ""))
+                + (f", at most {self.pace.most} at once" if halved else ""))
         self.stats["late"] += 1
 
     def _adapted(self, body, more=None):

@@ -199,18 +199,13 @@ class LLM:
         import openai
         given = self.base_url or os.environ.get("OPENAI_BASE_URL")
         url = given or "https://api.openai.com/v1"  # also where it is empty
-        self.secret = os.environ.get("OPENAI_API_KEY", "").strip() or ("local" if given else None)
+        self.secret = os.environ.get("OPENAI_API_KEY", "").strip() or ("local" if given else "")
         if not self.secret:
             raise DataError("no LLM endpoint: set OPENAI_API_KEY, or point --base-url or OPENAI_BASE_URL at "
                             "one (python offline_llm.py --exec COMMAND starts one without a model)")
         if not (self.secret.isascii() and self.secret.isprintable()):
             raise DataError("OPENAI_API_KEY holds what no key has, such as a line break; set it again")
-        try:
-            where = httpx2.URL(url)
-            known = where.scheme in ("http", "https") and where.host and not where.userinfo
-        except httpx2.InvalidURL:
-            known = False
-        if not known:
+        if not re.fullmatch(r"(?i)https?://([\w.-]+|\[[\da-f:.]+\])(:\d+)?(/[!-~]*)?", url):
             raise DataError(f"--base-url or OPENAI_BASE_URL is {url!r}; want http://HOST:PORT/v1")
         # aiohttp as the transport: twice the calls/s of the default one (bench/judge_throughput.py)
         http = openai.DefaultAioHttpClient(limits=httpx2.Limits(max_connections=self.concurrency))

@@ -171,8 +171,8 @@ class LLM:
         self.useless = Counter()  # answers, by reason
         self.n_done = 0  # prompts that have their answer, or never will
         self.client = None
-        self.reached = set()  # the kinds of request that were answered
-        self.refused = {}  # parameters, in order
+        self.taken = set()  # the parameters of requests that were answered
+        self.refused = set()  # parameters
         self.has_system = True  # whether the model takes system messages
         set_by_user = {"max_tokens", "max_completion_tokens"} & self.settings.keys()
         self.more_tokens = 0 if set_by_user else None  # beyond those asked for; None: not known yet
@@ -343,19 +343,16 @@ class LLM:
     async def _attempt(self, body):
         """(the text of one answer, None), or (what there is of it, why it is of no use).
 
-        The first call of a kind goes alone: what it teaches is learned once.
+        The first call with a new parameter goes alone: what it teaches is learned once.
         """
-        kind = frozenset(body)
         async with self.pace.slots:
-            if kind not in self.reached:
-                async with self.first:
-                    if kind not in self.reached:
-                        return await self._send(body)
+            async with self.first:
+                if not body.keys() <= self.taken:
+                    return await self._send(body)
             return await self._send(body)
 
     async def _send(self, body):
         """The same for a request that has its turn, sent again after a while where the server has trouble."""
-        kind = frozenset(body)
         more = None  # tokens beyond those asked for; None: as for all
         tries, n_before = -1, self.n_answers
         while True:
@@ -377,11 +374,11 @@ class LLM:
                         f"{self.MORE_TOKENS} more are allowed from now on")
                 if reason == "cut off" and sent != self._adapted(body, more):
                     continue
-                self.reached.add(kind)
+                self.taken |= body.keys()
                 return text, reason
             if status == 408:
                 self._note_late(started)
-                if self.reached:
+                if self.taken:
                     return "", told  # it gives its slot back, and is asked again later
             if status != 200 and self.has_system and self.NO_SYSTEM.search(told):
                 self.has_system = False
@@ -392,12 +389,12 @@ class LLM:
                 continue
             if status in (400, 413, 422):
                 about_prompt = self.ABOUT_PROMPT.search(told)
-                new = kind not in self.reached  # what the server has taken before is not what it refuses
+                new = not body.keys() <= self.taken  # what the server has taken before is not what it refuses
                 if new and not about_prompt and self._adapt(sent, told):
                     continue
             if status in (400, 403, 413, 422):
                 self.in_a_row += 1
-                others = self.reached or self.stats["cached"]  # were answered, so it is the prompt
+                others = self.taken or self.stats["cached"]  # were answered, so it is the prompt
                 few = status != 403 or self.in_a_row < self.IN_A_ROW
                 if self.ABOUT_PROMPT.search(told) or others and few:
                     return "", f"refused by the server: {told}"
@@ -408,7 +405,7 @@ class LLM:
                 n_before = self.n_answers
                 self.pace.late(started)
             seconds = seconds or min(8, 0.5 * 2 ** tries) * random.uniform(0.75, 1)
-            if seconds > 120 or tries == (self.RETRIES if self.reached else self.RETRIES_AT_FIRST):
+            if seconds > 120 or tries == (self.RETRIES if self.taken else self.RETRIES_AT_FIRST):
                 if self.n_answers > n_before:
                     return "", f"refused by the server: {told}"  # others are answered: it is the prompt
                 raise self._stop(f"the server keeps failing ({told}); start again to go on")
@@ -470,10 +467,11 @@ class LLM:
         more = self.more_tokens if more is None else more
         if more and "max_tokens" in body:
             body["max_tokens"] += more
-        for name in self.refused:
-            value = body.pop(name, None)
-            if value is not None and self.INSTEAD[name]:
-                body[self.INSTEAD[name]] = value
+        for name, instead in self.INSTEAD.items():
+            if name in self.refused and name in body:
+                value = body.pop(name)
+                if instead:
+                    body[instead] = value
         if not self.has_system:
             text = "\n\n".join(message["content"] for message in body["messages"])
             body["messages"] = [{"role": "user", "content": text}]
@@ -483,10 +481,10 @@ class LLM:
         """Whether the server refuses a parameter: requests go without it from now on."""
         places = {name: re.search(rf"\b{name}\b", told) for name in self.INSTEAD if name in sent}
         named = min(filter(places.get, places), key=lambda name: places[name].start(), default="")
-        if not named and "response_format" in sent.keys() - set().union(*self.reached):
+        if not named and "response_format" in sent.keys() - self.taken:
             named = "response_format"  # the likeliest
         if named:  # the first, others may be those that it takes
-            self.refused[named] = True
+            self.refused.add(named)
             instead = f"with {self.INSTEAD[named]}" if self.INSTEAD[named] else "without it"
             say(f"{self.model}: the server takes no {named} ({told}); asking {instead} from now on")
         return bool(named)

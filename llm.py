@@ -174,11 +174,10 @@ class LLM:
         self.taken = set()  # the parameters of requests that were answered
         self.refused = set()  # parameters
         self.has_system = True  # whether the model takes system messages
-        set_by_user = {"max_tokens", "max_completion_tokens"} & self.settings.keys()
-        self.more_tokens = 0 if set_by_user else None  # beyond those asked for; None: not known yet
+        self.more_tokens = 0  # beyond those asked for, once they are too few
         self.repeats = None  # whether the server gives the same useless answer each time, once known
         self.stopped = None  # the error that ends the run
-        self.n_answers = self.in_a_row = 0  # answers; refusals since the last of them
+        self.in_a_row = 0  # refusals since the last answer
 
     async def __aenter__(self):
         if not self.instead:
@@ -353,26 +352,25 @@ class LLM:
 
     async def _send(self, body):
         """The same for a request that has its turn, sent again after a while where the server has trouble."""
-        more = None  # tokens beyond those asked for; None: as for all
-        tries, n_before = -1, self.n_answers
+        raised = True  # whether more tokens may be asked for
+        tries = 0
+        n_before = self.stats["asked"]
         while True:
-            tries += 1
             if self.stopped:  # what waited for its turn ends with the run
                 raise self.stopped
-            sent = self._adapted(body, more)
+            sent = self._adapted(body, raised)
             started = time.monotonic()
             answer, status, told, seconds = await self._call(sent)
             if status == 200:
                 self.pace.answered(started)
-                self.n_answers += 1
-                self.in_a_row = 0
                 self._note(answer)
                 text, reason = read_answer(answer)
-                if reason == "cut off" and "max_tokens" in body and self.more_tokens is None:
+                too_few = reason == "cut off" and "max_tokens" in body.keys() - self.settings
+                if too_few and not self.more_tokens:
                     self.more_tokens = self.MORE_TOKENS
                     say(f"{self.model}: {body['max_tokens']} tokens are too few for an answer; "
                         f"{self.MORE_TOKENS} more are allowed from now on")
-                if reason == "cut off" and sent != self._adapted(body, more):
+                if too_few and sent != self._adapted(body, raised):
                     continue
                 self.taken |= body.keys()
                 return text, reason
@@ -380,36 +378,37 @@ class LLM:
                 self._note_late(started)
                 if self.taken:
                     return "", told  # it gives its slot back, and is asked again later
-            if status != 200 and self.has_system and self.NO_SYSTEM.search(told):
+            if self.has_system and self.NO_SYSTEM.search(told):
                 self.has_system = False
                 say(f"{self.model}: no system message is taken ({told}); it opens the user's from now on")
                 continue
-            if status in (400, 413, 422) and more is None and self.more_tokens and "max_tokens" in body:
-                more = 0  # they may be too many for the server, not the prompt too long
+            refused = status in (400, 413, 422)
+            if refused and raised and self.more_tokens and "max_tokens" in body:
+                raised = False  # they may be too many for the server, not the prompt too long
                 continue
-            if status in (400, 413, 422):
-                about_prompt = self.ABOUT_PROMPT.search(told)
-                new = not body.keys() <= self.taken  # what the server has taken before is not what it refuses
-                if new and not about_prompt and self._adapt(sent, told):
-                    continue
-            if status in (400, 403, 413, 422):
+            about_prompt = self.ABOUT_PROMPT.search(told)
+            new = body.keys() - self.taken  # what the server has taken before is not what it refuses
+            if refused and new and not about_prompt and self._adapt(sent, told):
+                continue
+            if refused or status == 403:
                 self.in_a_row += 1
                 others = self.taken or self.stats["cached"]  # were answered, so it is the prompt
                 few = status != 403 or self.in_a_row < self.IN_A_ROW
-                if self.ABOUT_PROMPT.search(told) or others and few:
+                if about_prompt or others and few:
                     return "", f"refused by the server: {told}"
             if status < 500 and status not in (408, 409, 429):
                 raise self._stop(f"the server refuses ({told}); check --llm, --base-url and OPENAI_API_KEY")
-            if status == 429 and self.n_answers > n_before:  # the host sets the pace, others had their turn
+            if status == 429 and self.stats["asked"] > n_before:  # the host sets the pace, others had a turn
                 tries = min(tries, 5)
-                n_before = self.n_answers
+                n_before = self.stats["asked"]
                 self.pace.late(started)
             seconds = seconds or min(8, 0.5 * 2 ** tries) * random.uniform(0.75, 1)
             if seconds > 120 or tries == (self.RETRIES if self.taken else self.RETRIES_AT_FIRST):
-                if self.n_answers > n_before:
+                if self.stats["asked"] > n_before:
                     return "", f"refused by the server: {told}"  # others are answered: it is the prompt
                 raise self._stop(f"the server keeps failing ({told}); start again to go on")
             await asyncio.sleep(seconds)
+            tries += 1
 
     async def _call(self, body):
         """(answer, HTTP status, the server's words, seconds that it asks to wait) of one call."""
@@ -443,15 +442,15 @@ class LLM:
 
     def _note(self, answer):
         """Count an answer and its tokens; who gave it."""
+        self.in_a_row = 0
         if not isinstance(answer, dict):
             return
         self.stats["asked"] += 1
-        usage = answer.get("usage")
+        usage = answer.get("usage") or {}
         for kind in ("prompt_tokens", "completion_tokens"):
-            n = usage.get(kind) if isinstance(usage, dict) else None
-            self.stats[kind] += n if isinstance(n, int) else 0
+            self.stats[kind] += usage.get(kind) or 0
         name = answer.get("model")
-        self.answered_by = self.served or (name if isinstance(name, str) and name != self.model else None)
+        self.answered_by = self.served or (name if name != self.model else None)
         self._use(self.answered_by)
 
     def _note_late(self, started):
@@ -461,12 +460,11 @@ class LLM:
                 + (f", at most {self.pace.most} at once" if halved else ""))
         self.stats["late"] += 1
 
-    def _adapted(self, body, more=None):
+    def _adapted(self, body, raised):
         """A request as this server takes it."""
         body = dict(body)
-        more = self.more_tokens if more is None else more
-        if more and "max_tokens" in body:
-            body["max_tokens"] += more
+        if raised and "max_tokens" in body.keys() - self.settings:
+            body["max_tokens"] += self.more_tokens
         for name, instead in self.INSTEAD.items():
             if name in self.refused and name in body:
                 value = body.pop(name)

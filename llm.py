@@ -292,13 +292,12 @@ class LLM:
         request = body
         for attempt in range(self.ATTEMPTS):
             text, reason = await self._attempt(request)
-            if reason is None:
-                value = parse(text)
-                if value is not None:
-                    self.n_usable += 1
-                    self.answers.store(key, text, self.answered_by)
-                    return value, None
-                reason = "unparsable" if text.strip() else "empty"
+            value = None if reason else parse(text)
+            if value is not None:
+                self.n_usable += 1
+                self.answers.store(key, text, self.answered_by)
+                return value, None
+            reason = reason or ("unparsable" if text.strip() else "empty")
             self._count_useless(reason, text)
             if reason.startswith("refused by the server"):
                 break
@@ -533,11 +532,12 @@ def without_thoughts(text):
     return answer[:begins.start()] if begins else answer
 
 
-# Why an answer ended, as servers call it; all other words are a good end
-CUT_OFF = {"length", "max_tokens", "model_length", "max_length", "max_output_tokens"}  # Mistral's; Gemini's
-REFUSED = {"content_filter", "safety", "recitation", "prohibited_content", "blocklist", "sensitive",
-           "refusal"}
-FAILED = {"error", "abort", "aborted", "cancelled", "insufficient_system_resource", "network_error"}
+# Why an answer is of no use, and how servers call its end; all other words are a good end
+BAD_ENDS = {"cut off": ["length", "max_tokens", "model_length", "max_length", "max_output_tokens"],
+            "refused": ["content_filter", "safety", "recitation", "prohibited_content", "blocklist",
+                        "sensitive", "refusal"],
+            "broken": ["error", "abort", "aborted", "cancelled", "insufficient_system_resource",
+                       "network_error"]}
 
 
 def read_answer(answer):
@@ -552,13 +552,10 @@ def read_answer(answer):
         finish = str(choice.get("finish_reason") or "").lower().partition(":")[0]
     except (TypeError, LookupError, AttributeError):
         return storable(str(answer or ""))[:200], "broken"
-    if message.get("refusal") or finish in REFUSED:
-        return storable(str(message.get("refusal") or text)), "refused"
-    if finish in CUT_OFF:
-        return text, "cut off"
-    if finish in FAILED:
-        return text, "broken"
-    return without_thoughts(text), None
+    if message.get("refusal"):
+        return storable(str(message["refusal"])), "refused"
+    reason = next((reason for reason, ends in BAD_ENDS.items() if finish in ends), None)
+    return text if reason else without_thoughts(text), reason
 
 
 async def in_order(items, work, window):

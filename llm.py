@@ -491,8 +491,7 @@ class LLM:
         if isinstance(message, dict):
             detail = message.get("detail")
             if isinstance(detail, list):  # FastAPI's: without the request, which it repeats
-                detail = "; ".join(f"{found.get('loc')} {found.get('msg')}" if isinstance(found, dict)
-                                   else str(found) for found in detail)
+                detail = "; ".join(f"{found['loc']} {found['msg']}" for found in detail if "msg" in found)
             parts = [message.get("message") or detail or message, message.get("param")]
             message = " ".join(str(part) for part in parts if part)
         told = f"{status}: {' '.join(str(message).split())}"
@@ -669,14 +668,15 @@ def parse_judgment(text, shown=()):
     if len(judgments) != 1:
         return None
     if text.strip("[] \n") != found[0][1]:
-        passages = ["".join(passage_text(passage).split()) for passage in shown]
-        if any("".join(source.split()) in passage for _, source in found for passage in passages):
+        passages = "\n".join("".join(passage_text(passage).split()) for passage in shown)
+        if any("".join(source.split()) in passages for _, source in found):
             return None
     judgment = dict(zip(SCORES, judgments.pop()))
-    rest = functools.reduce(lambda rest, one: rest.replace(one[1], ""), found, text)
-    if any(judgment[name.lower()] != int(score) for name, score in ALSO.findall(rest)):
-        return None  # a draft beside what is no JSON
-    return None if None in judgment.values() else judgment
+    for _, source in found:
+        text = text.replace(source, "")
+    drafts = ALSO.findall(text)  # beside what is no JSON
+    differ = any(judgment[name.lower()] != int(score) for name, score in drafts)
+    return None if differ or None in judgment.values() else judgment
 
 
 async def judge(llm, query, lang, candidate, reference=None, votes=1):
@@ -687,9 +687,8 @@ async def judge(llm, query, lang, candidate, reference=None, votes=1):
     """
     messages = judge_messages(query, lang, candidate, reference)
     shown = [{"text": query}, candidate] + ([reference] if reference else [])
-    draws = [{"temperature": 0}]
-    if votes > 1:
-        draws = [{"temperature": 0.7, "seed": seed} for seed in range(votes)]
+    several = [{"temperature": 0.7, "seed": seed} for seed in range(votes)]
+    draws = several if votes > 1 else [{"temperature": 0}]
     answers = [await llm.ask(messages, lambda text: parse_judgment(text, shown), WANTED,
                              response_format=JUDGMENT, max_tokens=64, **draw) for draw in draws]
     ballots = [answer | {"grade": min(answer.values())} for answer, _ in answers if answer]

@@ -172,8 +172,7 @@ class LLM:
         self.n_done = 0  # prompts that have their answer, or never will
         self.client = None
         self.taken = set()  # the parameters of requests that were answered
-        self.refused = set()  # parameters
-        self.has_system = True  # whether the model takes system messages
+        self.refused = set()  # parameters, or "system message"
         self.more_tokens = 0  # beyond those asked for, once they are too few
         self.repeats = None  # whether the server gives the same useless answer each time, once known
         self.stopped = None  # the error that ends the run
@@ -374,20 +373,20 @@ class LLM:
                 self.taken |= body.keys()
                 return text, reason
             if status == 408:
-                self._note_late(started)
+                halved = self.pace.late(started)
+                if halved or not self.stats["late"]:
+                    at_once = f", at most {self.pace.most} at once" if halved else ""
+                    say(f"{self.model}: {told}; such calls are made again{at_once}")
+                self.stats["late"] += 1
                 if self.taken:
                     return "", told  # it gives its slot back, and is asked again later
-            if self.has_system and self.NO_SYSTEM.search(told):
-                self.has_system = False
-                say(f"{self.model}: no system message is taken ({told}); it opens the user's from now on")
-                continue
             refused = status in (400, 413, 422)
             if refused and raised and self.more_tokens and "max_tokens" in body:
                 raised = False  # they may be too many for the server, not the prompt too long
                 continue
             about_prompt = self.ABOUT_PROMPT.search(told)
             new = body.keys() - self.taken  # what the server has taken before is not what it refuses
-            if refused and new and not about_prompt and self._adapt(sent, told):
+            if self._adapt(sent, told, refused and new and not about_prompt):
                 continue
             if refused or status == 403:
                 self.in_a_row += 1
@@ -452,13 +451,6 @@ class LLM:
         self.answered_by = self.served or (name if name != self.model else None)
         self._use(self.answered_by)
 
-    def _note_late(self, started):
-        halved = self.pace.late(started)
-        if halved or not self.stats["late"]:
-            say(f"{self.model}: no answer in {self.timeout:g} s; such calls are made again"
-                + (f", at most {self.pace.most} at once" if halved else ""))
-        self.stats["late"] += 1
-
     def _adapted(self, body, raised):
         """A request as this server takes it."""
         body = dict(body)
@@ -469,20 +461,24 @@ class LLM:
                 value = body.pop(name)
                 if instead:
                     body[instead] = value
-        if not self.has_system:
+        if "system message" in self.refused:  # it opens the user's
             text = "\n\n".join(message["content"] for message in body["messages"])
             body["messages"] = [{"role": "user", "content": text}]
         return body
 
-    def _adapt(self, sent, told):
-        """Whether the server refuses a parameter: requests go without it from now on."""
-        places = {name: re.search(rf"\b{name}\b", told) for name in self.INSTEAD if name in sent}
-        named = min(filter(places.get, places), key=lambda name: places[name].start(), default="")
-        if not named and "response_format" in sent.keys() - self.taken:
-            named = "response_format"  # the likeliest
-        if named:  # the first, others may be those that it takes
+    def _adapt(self, sent, told, about_parameter):
+        """Whether the server refuses system messages or a parameter: requests go without from now on."""
+        named = None
+        if self.NO_SYSTEM.search(told) and "system message" not in self.refused:
+            named = "system message"
+        elif about_parameter:
+            names = "|".join(self.INSTEAD.keys() & sent.keys())
+            found = re.search(rf"\b({names})\b", told)  # the first, others may be those that it takes
+            likeliest = "response_format" if "response_format" in sent.keys() - self.taken else None
+            named = found[1] if found else likeliest
+        if named:
             self.refused.add(named)
-            instead = f"with {self.INSTEAD[named]}" if self.INSTEAD[named] else "without it"
+            instead = f"with {self.INSTEAD[named]}" if self.INSTEAD.get(named) else "without it"
             say(f"{self.model}: the server takes no {named} ({told}); asking {instead} from now on")
         return bool(named)
 

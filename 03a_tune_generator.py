@@ -100,7 +100,8 @@ def read_instructions(args):
     chats, alpaca = [], []
     for where, record in numbered_records(args.instructions):
         match record:
-            case {"messages": [_, *_] as messages} if ends_with_answer(messages):
+            case {"messages": [*_, {"role": "assistant", "content": str(answer)}] as messages} if (
+                    answer.strip() and all(map(is_message, messages))):
                 roles, texts = zip(*((message["role"], message["content"]) for message in messages))
                 chats.append((common.check_lang(record.get("lang", "en"), where), texts, roles))
             case {"messages": _}:
@@ -119,15 +120,8 @@ def read_instructions(args):
     return records[:args.limit]
 
 
-def ends_with_answer(messages):
-    """Whether each is {role, content}, and the last what the assistant answered."""
-    for message in messages:
-        match message:
-            case {"role": str(role), "content": str(content)}:
-                pass
-            case _:
-                return False
-    return role == "assistant" and bool(content.strip())
+def is_message(message):
+    return isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))
 
 
 async def translate(text, lang, llm, identifier, counts, seed):

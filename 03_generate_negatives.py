@@ -334,8 +334,7 @@ class Generation:
         what = "written rejected" if written else "found"
         found = [passage for passage in found if not marks(passage) & query.known][:2 * self.args.target]
         query.why["found"] += len(found)
-        while found and query.missing:
-            batch = found[:query.missing]
+        while batch := found[:query.missing]:
             found = found[len(batch):]
             answers = [({}, None)] * len(batch)
             if not self.args.no_judge_new:

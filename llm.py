@@ -33,8 +33,8 @@ class Answers:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)  # private; SQLite's own files beside it get the same mode
-        one_at_a_time = FileLock(path.with_name(f".{path.name}.lock"), mode=0o600)  # SQLite waits not for all
-        with self._errors_told(), one_at_a_time:
+        alone = FileLock(path.with_name(f".{path.name}.lock"), mode=0o600)
+        with self._errors_told(), alone:  # SQLite does not wait for others that open the file, too
             self.db = sqlite3.connect(path, timeout=60, isolation_level=None)  # waits 60 s for others
             self.db.execute("PRAGMA journal_mode = WAL")
             self.db.execute("PRAGMA synchronous = NORMAL")
@@ -44,7 +44,6 @@ class Answers:
 
     @contextlib.contextmanager
     def _errors_told(self):
-        """Errors of the database become DataErrors."""
         try:
             yield
         except sqlite3.Error as error:
@@ -145,7 +144,6 @@ class LLM:
                               r"token.?(count|limit)|content.?(filter|management|policy|exists.risk)|safety|"
                               r"inappropriate|moderation|flagged|sensitive|prohibited", re.I)
     ABOUT_PACE = re.compile("rate.?limit|quota|capacity", re.I)
-    TOO_FEW = re.compile(r"could not finish the message because max_tokens", re.I)
     PASSING = {408, 424, 425, 498, 499}  # TGI's failed generation, Groq's capacity, cancelled
     NO_SYSTEM = re.compile(r"system role|role.{0,30}system|'system'|roles must alternate", re.I)
     TO_TRY = {"cut off": """--llm-settings '{"max_tokens": 16000}' or '{"reasoning_effort": "low"}'""",
@@ -418,7 +416,7 @@ class LLM:
             answer = await self.client.post("/chat/completions", cast_to=object, body=body)
         except openai.APIStatusError as error:
             told = self._told(error.status_code, error.body or error)
-            if self.TOO_FEW.search(told):  # OpenAI's thinking models say so
+            if "could not finish the message because max_tokens" in told.lower():  # OpenAI's that think
                 return {"choices": [{"message": {}, "finish_reason": "length"}]}, 200, "", 0
             status = 503 if error.status_code in self.PASSING else error.status_code
             return None, status, told, retry_after(error.response.headers)

@@ -173,8 +173,7 @@ class Guard:
         if len(languages) == 1:
             languages |= set(common.LANGUAGES)
         self.identifier.set_languages(languages & set(self.identifier.labels))
-        self.can_tell = lang in self.identifier.nb_classes
-        if not self.can_tell:
+        if lang not in self.identifier.nb_classes:
             say(f"{lang}: the language detector does not know it; the language of new texts is not checked")
 
     def reason(self, text, kind, others=(), about=""):
@@ -191,7 +190,7 @@ class Guard:
             "refused": REFUSAL.match(text),
             "prompt": set(grams(text, ECHO)) & set(grams(SUMMARISE + ASK + WRITE, ECHO)),
             "markup": MARKUP.search(text),
-            "language": self.can_tell and dict(self.identifier.rank(text))[self.lang] < MIN_LANGUAGE[kind],
+            "language": dict(self.identifier.rank(text)).get(self.lang, 1) < MIN_LANGUAGE[kind],
             "gibberish": (n_unseen > MAX_UNSEEN * len(found) or n_letters < MIN_LETTERS * len(text)
                           or len(set(found)) < MIN_DISTINCT[kind] * len(found)),
             "length": not least <= len(text) <= most,
@@ -335,8 +334,7 @@ class Generation:
         what = "written rejected" if written else "found"
         found = [passage for passage in found if not marks(passage) & query.known][:2 * self.args.target]
         query.why["found"] += len(found)
-        while found and query.missing:
-            batch = found[:query.missing]
+        while batch := found[:query.missing]:
             found = found[len(batch):]
             answers = [({}, None)] * len(batch)
             if not self.args.no_judge_new:

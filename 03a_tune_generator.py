@@ -19,7 +19,6 @@ Memory  of one GPU (every process of torchrun holds the whole model), estimated:
 """
 import asyncio
 import contextlib
-import hashlib
 import math
 import os
 import random
@@ -31,7 +30,7 @@ from pathlib import Path
 
 import common
 from common import DataError, Output, Parser, positive_int, say
-from llm import from_flags, in_order, labelled, server_flags
+from llm import digest, from_flags, in_order, labelled, server_flags
 
 SUMMARISATION = re.compile(r"summar|condense|shorten|key (?:point|idea|takeaway)|main (?:point|idea)|"
                            r"in a nutshell|gist", re.IGNORECASE)
@@ -100,7 +99,8 @@ def read_instructions(args):
     chats, alpaca = [], []
     for where, record in numbered_records(args.instructions):
         match record:
-            case {"messages": [_, *_] as messages} if ends_with_answer(messages):
+            case {"messages": [*_, {"role": "assistant", "content": str(answer)}] as messages} if (
+                    answer.strip() and all(map(is_message, messages))):
                 roles, texts = zip(*((message["role"], message["content"]) for message in messages))
                 chats.append((common.check_lang(record.get("lang", "en"), where), texts, roles))
             case {"messages": _}:
@@ -119,15 +119,8 @@ def read_instructions(args):
     return records[:args.limit]
 
 
-def ends_with_answer(messages):
-    """Whether each is {role, content}, and the last what the assistant answered."""
-    for message in messages:
-        match message:
-            case {"role": str(role), "content": str(content)}:
-                pass
-            case _:
-                return False
-    return role == "assistant" and bool(content.strip())
+def is_message(message):
+    return isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))
 
 
 async def translate(text, lang, llm, identifier, counts, seed):
@@ -253,7 +246,7 @@ def tune(args, output):
     random.Random(f"{args.seed}:dev").shuffle(examples)
     n_dev = math.ceil(DEV_SHARE * len(examples))
     dev_set, train_set = examples[:n_dev], examples[n_dev:]
-    run_key = hashlib.blake2b(output.key(output.meta).encode(), digest_size=8).hexdigest()
+    run_key = digest(output.key(output.meta))
     checkpoints = Path(f"{output.path}.checkpoint") / run_key  # they belong to one input, base and settings
     trainer = make_trainer(args, model, tokenizer, train_set, dev_set, checkpoints)
     whole = [path.parent for path in checkpoints.glob("*/trainer_state.json")]  # Trainer writes it last

@@ -13,6 +13,7 @@ Cost    two calls and some judgments for each query that is short (only those ar
         mini-MIRACL (sw te id ar zh), 25 of 1,380 short, two cores: 27 s, 0.9 GB
 """
 import asyncio
+import functools
 import hashlib
 import itertools
 import math
@@ -152,11 +153,20 @@ def estimate(short, args):
 
 # --------------------------------------------------------------------------- the LLM's texts are not trusted
 
+@functools.cache
+def language_identifier(languages):
+    """py3langid's, of these languages: a collection's, and English, which models fall back to."""
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    compared = languages if len(languages) > 1 else common.LANGUAGES.keys()
+    identifier.set_languages(compared & set(identifier.labels))
+    return identifier
+
+
 class Guard:
     """What a text of a language usually looks like: its questions, and the first passages of its corpus."""
 
     def __init__(self, data, lang, questions):
-        from py3langid.langid import MODEL_FILE, LanguageIdentifier
         path, lines = next(common.read_shards(data, lang))
         passages = list(common.read_passages(path, lines[:GUARD_SAMPLE]))
         lengths = sorted(len(passage["text"]) for passage in passages)
@@ -168,11 +178,7 @@ class Guard:
         self.n_texts = len(texts)
         self.seen = Counter(run for text in texts for run in self.runs(text))  # texts that have a run
         self.others = [self.runs(text) for text in texts[:len(passages):math.ceil(len(passages) / OTHERS)]]
-        self.identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-        languages = {*common.corpus_languages(data), lang, "en"}  # English: what models fall back to
-        if len(languages) == 1:
-            languages |= set(common.LANGUAGES)
-        self.identifier.set_languages(languages & set(self.identifier.labels))
+        self.identifier = language_identifier(frozenset({*common.corpus_languages(data), lang, "en"}))
         if lang not in self.identifier.nb_classes:
             say(f"{lang}: the language detector does not know it; the language of new texts is not checked")
 

@@ -141,9 +141,10 @@ async def translate_all(args, output):
     """Write the instructions in every language of --translate; what has no text in it is lost, counted."""
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
     records, translated, counts = read_instructions(args), [], {}
+    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
     async with from_flags(args) as llm:
         for lang in common.progress(args.translate, desc="translate", unit="language"):
-            identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+            identifier.set_languages()  # all
             if lang in identifier.labels:  # it can tell
                 identifier.set_languages([lang, "en"])
             counts[lang] = Counter()

@@ -217,28 +217,26 @@ def read_lines(path, blank=False):
 DECODER = json.JSONDecoder(parse_float=finite, parse_constant=finite)  # NaN is no JSON, and 1e999 no number
 
 
-def parse_line(path, number, line):
-    """One JSON object from one line; DataError with file and line otherwise."""
-    where = f"{path}:{number}"
-    try:
-        record = DECODER.decode(line.decode("utf-8-sig"))
-        if b"\\u" in line:
-            json.dumps(record, ensure_ascii=False).encode()  # a lone surrogate could never be written again
-    except UnicodeError as error:
-        raise DataError(f"{where}: not valid UTF-8 ({error}); convert the file, or unpack it") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not a JSON object ({error}); is the file half-written?") from None
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: a JSON {type(record).__name__}; want an object a line")
-    return record
-
-
 def decode(line, where):
     """The text of a line of bytes, without a byte-order mark and its line end."""
     try:
         return line.decode("utf-8-sig").rstrip("\r\n")
     except UnicodeError as error:
         raise DataError(f"{where}: not valid UTF-8 ({error}); convert the file, or unpack it") from None
+
+
+def parse_line(path, number, line):
+    """One JSON object from one line; DataError with file and line otherwise."""
+    where = f"{path}:{number}"
+    try:
+        record = DECODER.decode(decode(line, where))
+        if b"\\u" in line:  # a lone surrogate could never be written again
+            decode(json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass"), where)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not a JSON object ({error}); is the file half-written?") from None
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: a JSON {type(record).__name__}; want an object a line")
+    return record
 
 
 def read_qrels(path, queries=None):
@@ -267,12 +265,12 @@ def read_json(path, kind=dict):
     """The object (or list) that a JSON file holds, an empty one where there is no such file."""
     try:
         content = DECODER.decode(path.read_text("utf-8-sig")) if path.is_file() else kind()
-        if isinstance(content, kind):
-            return content
-        error = f"a {type(content).__name__}, want a {kind.__name__}"
-    except (ValueError, RecursionError) as trouble:
-        error = trouble
-    raise DataError(f"{path}: not JSON as wanted ({error}); fetch it again, or make it with --overwrite")
+        if not isinstance(content, kind):
+            raise ValueError(f"a {type(content).__name__}, want a {kind.__name__}")
+        return content
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON as wanted ({error}); fetch it again, or make it with "
+                        "--overwrite") from None
 
 
 def check_text(record, key, where, empty=False):

@@ -123,7 +123,6 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
     def common_flags(self):
-        """The flags that mean the same in every stage."""
         self.add_argument("--seed", type=seed, default=13, help="seed of every random draw")
         self.add_argument("--limit", type=positive_int, metavar="N",
                           help="use only the first N queries of each language")
@@ -164,9 +163,8 @@ def share(text):
     return float(text)
 
 
-def say(*words):
-    """Words on stderr, where no text of a file or server steers the terminal."""
-    text = " ".join(map(str, words))
+def say(text):
+    """A text on stderr, where none of a file or server steers the terminal."""
     print(CONTROL.sub(lambda found: ascii(found[0])[1:-1], text), file=sys.stderr, flush=True)
 
 
@@ -295,7 +293,6 @@ def check_passage(passage, where):
 
 
 def check_lang(lang, where="--lang or --translate"):
-    """The language; DataError unless it is a code."""
     if not isinstance(lang, str) or not LANG.fullmatch(lang):
         raise DataError(f"{where}: 'lang' {str(lang)[:20]!r} cannot name a file; want a code such as sw")
     return lang
@@ -451,7 +448,6 @@ def beside(path, ending):
 
 
 def remove(path):
-    """A file or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
@@ -550,8 +546,7 @@ class Output:
     # where things lie and how fast they are made does not change what is made
     NEUTRAL = {"out", "overwrite", "cache", "device", "concurrency", "base_url", "save_every", "input",
                "data", "root", "queries", "timeout", "max_unjudged", "price_in", "price_out", "dry_run",
-               "tokenizer", "batch_export", "batch_import", "cascade_base_url",
-               "judge_base_url"}
+               "tokenizer", "batch_export", "batch_import", "cascade_base_url", "judge_base_url"}
 
     def __init__(self, args, inputs, models=(), out=None, parts=()):
         path = Path(out or args.out)

@@ -267,8 +267,8 @@ def read_json(path, kind=dict):
             raise ValueError(f"a {type(content).__name__}, want a {kind.__name__}")
         return content
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON as wanted ({error}); fetch it again, or make it with "
-                        "--overwrite") from None
+        raise DataError(f"{path}: not JSON as wanted ({error}); fetch it again, or delete it and make it "
+                        "with --overwrite") from None
 
 
 def check_text(record, key, where, empty=False):
@@ -588,12 +588,7 @@ class Output:
         if not self.meta_path.exists() and not self.overwrite and (self.path.is_file() or self.parts):
             raise DataError(f"{self.path} exists and was not made by this script; pass --overwrite, "
                             "or another --out")
-        try:
-            meta = read_json(self.meta_path)
-        except DataError:
-            if not self.overwrite:
-                raise
-            meta = {}
+        meta = read_json(self.meta_path)
         found = self.digests(self.path) if self.path.is_dir() else {"": digest_file(self.path)}
         made = meta.get("files", {}) if self.path.is_dir() else {"": meta.get("digest")}
         untouched = made.items() <= found.items()

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-from common import Output, Parser, batched, positive_int, read_queries, run, say
+from common import Output, Parser, batched, dump, positive_int, read_queries, run, say
 from encoder import encoder_flags, from_flags, model_digests
 
 BLOCK = 8_192  # queries embedded and cached at a time; does not change the result
@@ -111,7 +111,7 @@ def main(argv=None):
             titles[topic][record["positive_passages"][0].get("title", "")] += 1
             yield record | {"topic": topic}
 
-    output.write(labelled())
+    output.write_lines(map(dump, labelled()))
     summarise(langs, topics, titles)
     from sklearn.metrics import normalized_mutual_info_score
     nmi = round(float(normalized_mutual_info_score(langs, topics)), 3)

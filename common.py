@@ -605,10 +605,6 @@ class Output:
             say(f"{self.path}: {why}, making it again")
         return False
 
-    def write(self, records):
-        """Write records, consumed as they come, as JSONL."""
-        self.write_lines(dump(record) for record in records)
-
     def write_lines(self, lines):
         """Write file and meta, then rename: a kill in between leaves the old file, which is made again."""
         if self.path.is_dir():

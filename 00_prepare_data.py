@@ -23,7 +23,7 @@ import re
 import shutil
 from collections import Counter, defaultdict
 from contextlib import ExitStack
-from functools import partial
+from functools import cache, partial
 from hashlib import blake2b
 from pathlib import Path
 
@@ -60,9 +60,9 @@ def find(path, need=True):
 
 def read(path):
     """Yield (where, content) of every line: the cells of a .tsv, else the JSON object, tidied."""
+    is_table = ".tsv" in path.suffixes
     for number, line in read_lines(path):
         where = f"{path}:{number}"
-        is_table = ".tsv" in path.suffixes
         yield where, decode(line, where) if is_table else tidy(parse_line(path, number, line), where)
 
 
@@ -336,14 +336,12 @@ class Collection:
         self.args = args
         self.counts = counts
         self.files = files  # an ExitStack, which closes what is opened
-        self.open = {}      # {name: file}
 
-    def write(self, name, line):
+    @cache
+    def file(self, name):
         path = self.folder / name
-        if name not in self.open:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.open[name] = self.files.enter_context(open(path, "w", encoding="utf-8", newline="\n"))
-        self.open[name].write(line)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return self.files.enter_context(open(path, "w", encoding="utf-8", newline="\n"))
 
     def add_part(self, passages, queries):
         asked, in_dev, judged, answers = set(), set(), set(), set()
@@ -381,7 +379,7 @@ class Collection:
                 texts[hash(key)] = text
                 self.counts[lang]["passages"] += 1
                 passage = {"docid": key[1], "title": passage.get("title", ""), "text": passage["text"]}
-                self.write(f"corpus/{lang}.jsonl", dump(passage))
+                self.file(f"corpus/{lang}.jsonl").write(dump(passage))
                 if key in judged:
                     kept[key] = passage
             elif texts[hash(key)] != text:
@@ -419,9 +417,9 @@ class Collection:
         count["positives"] += len(positives)
         record = dict.fromkeys(("query_id", "lang", "query")) | record  # those come first
         record |= {"positive_passages": positives, "negative_passages": negatives}
-        self.write(f"{split}.jsonl", dump(record))
+        self.file(f"{split}.jsonl").write(dump(record))
         for docid, grade in found.items():
-            self.write(f"qrels/{split}/{lang}.tsv", f"{record['query_id']}\t0\t{docid}\t{grade}\n")
+            self.file(f"qrels/{split}/{lang}.tsv").write(f"{record['query_id']}\t0\t{docid}\t{grade}\n")
 
 
 def main(argv=None):

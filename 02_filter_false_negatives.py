@@ -357,7 +357,7 @@ def main(argv=None):
             reasons.update(passage["reason"] for passage in record.get("unjudged", []))
             yield record
         report(args, table, reasons, llms)  # before the file gets its name
-    output.write(records())
+    output.write_lines(map(common.dump, records()))
     total = sum(table.values(), Counter())
     kinds = ("queries", "candidates", "removed", "relabelled", "kept", "unjudged")
     output.finish(**{kind: total[kind] for kind in kinds}, calls={llm.model: +llm.stats for llm in llms},

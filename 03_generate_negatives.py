@@ -488,7 +488,7 @@ def main(argv=None):
     ensemble = search.from_flags(args)
     calls = asyncio.run(generate_all(short, ensemble, args)) if short else {}
     sources, left_out = defaultdict(Counter), Counter()
-    output.write(finished(short, sources, left_out, args))
+    output.write_lines(map(common.dump, finished(short, sources, left_out, args)))
     report(output, n_queries, short, sources, left_out, ensemble, calls, args)
 
 

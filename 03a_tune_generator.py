@@ -164,7 +164,7 @@ async def translate_all(args, output):
             counts[lang].update(translated=len(of_lang), lost=n_lost)
             translated += of_lang
     say(llm.summary())
-    output.write(translated)
+    output.write_lines(map(common.dump, translated))
     output.finish(examples=len(translated), calls=dict(llm.stats), by_lang=counts)
 
 

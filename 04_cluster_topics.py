@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-from common import Output, Parser, batched, positive_int, read_queries, run, say
+from common import Output, Parser, batched, dump, positive_int, read_queries, run, say
 from encoder import encoder_flags, from_flags, model_digests
 
 BLOCK = 8_192  # queries embedded and cached at a time; does not change the result
@@ -62,15 +62,11 @@ def cluster(vectors, n_topics, seed):
     return np.argsort(order)[labels]
 
 
-def warn(langs, groups, topics, n_topics):
-    """Say where batches cannot hold all topics, or not without repeating."""
+def warn(langs, small, n_topics):
+    """Say where batches cannot hold all topics, or not without repeating; small: the sizes of such topics."""
     for lang, n in zip(*np.unique(langs, return_counts=True)):
         if n < n_topics:
             say(f"{lang}: {n} queries are fewer than the {n_topics} topics, so its batches lack some")
-    group_of = dict(zip(topics.tolist(), groups.tolist()))
-    in_group = Counter(groups.tolist())
-    sizes = sorted(Counter(topics.tolist()).items())
-    small = [n for topic, n in sizes if n < SMALL * in_group[group_of[topic]]]
     if small:
         say(f"{len(small)} topics hold under {SMALL:.0%} of the queries ({small}): batches "
             "that take topics evenly repeat these; try fewer --topics or another --encoder")
@@ -97,14 +93,17 @@ def main(argv=None):
     for lang in np.unique(langs) if args.remove_language_mean else []:
         vectors[langs == lang] -= vectors[langs == lang].mean(0)
     topics = np.full(len(langs), -1)
+    small = []
     groups = langs if args.per_language else np.full(len(langs), "all")
     for group in np.unique(groups):
         rows = np.flatnonzero(groups == group)
-        topics[rows] = topics.max() + 1 + cluster(vectors[rows], args.topics, args.seed)  # none of two groups
-        n_topics = len(np.unique(topics[rows]))
-        if n_topics < args.topics:
-            say(f"{group}: {len(rows)} queries give {n_topics} of {args.topics} topics")
-    warn(langs, groups, topics, args.topics)
+        of_group = cluster(vectors[rows], args.topics, args.seed)
+        topics[rows] = topics.max() + 1 + of_group  # no topic is of two groups
+        sizes = np.bincount(of_group)
+        small += sizes[sizes < SMALL * len(rows)].tolist()
+        if len(sizes) < args.topics:
+            say(f"{group}: {len(rows)} queries give {len(sizes)} of {args.topics} topics")
+    warn(langs, small, args.topics)
     titles = defaultdict(Counter)  # topic -> first positive's title -> queries
 
     def labelled():
@@ -112,7 +111,7 @@ def main(argv=None):
             titles[topic][record["positive_passages"][0].get("title", "")] += 1
             yield record | {"topic": topic}
 
-    output.write(labelled())
+    output.write_lines(map(dump, labelled()))
     summarise(langs, topics, titles)
     from sklearn.metrics import normalized_mutual_info_score
     nmi = round(float(normalized_mutual_info_score(langs, topics)), 3)

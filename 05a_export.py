@@ -32,14 +32,6 @@ def question(record):
     return hash((record["lang"], normalise(record["query"])))
 
 
-def read_answers(args):
-    """{question: hashes of the texts of its positives}, whatever the ids under which it is asked."""
-    answers = defaultdict(set)
-    for record in read_queries(args.input, args.lang, args.limit, judged=True):
-        answers[question(record)].update(hash(text_key(p)) for p in record["positive_passages"])
-    return answers
-
-
 def hard_negatives(record, answers):
     """(negatives, {why: n} of those left out): those that are no positive and no copy of another."""
     kept = {}
@@ -75,14 +67,18 @@ def main(argv=None):
     output = Output(args, [args.input])
     if output.is_done():
         return
-    answers = read_answers(args)
+    answers = defaultdict(set)  # {question: hashes of its positives' texts}, under whatever ids it is asked
+    for record in read_queries(args.input, args.lang, args.limit, judged=True):
+        answers[question(record)].update(hash(text_key(p)) for p in record["positive_passages"])
     counts = Counter(positives_left_out=0, copies_left_out=0)
+    by_lang = Counter()
     widths = []
     for record in read_queries(args.input, args.lang, args.limit):
         negatives, left_out = hard_negatives(record, answers)
         if not negatives:
             raise DataError(f"{args.input}: {record['lang']} query {record['query_id']!r} has no negatives; "
                             "bring all to N with 03_generate_negatives.py")
+        by_lang[record["lang"]] += 1
         widths.append(len(negatives))
         counts.update(left_out)
         if args.layout == "sentence-transformers":
@@ -90,18 +86,15 @@ def main(argv=None):
     width = min(widths)
     if args.layout == "sentence-transformers":
         counts["further_negatives_left_out"] = sum(widths) - width * len(widths)
-    by_lang = Counter()
     with atomic_folder(output.path) as folder:
         with contextlib.ExitStack() as stack:
             files = {}
+            for lang in by_lang:
+                file = open(folder / f"{lang}.jsonl", "w", encoding="utf-8", newline="\n")
+                files[lang] = stack.enter_context(file)
             for record in read_queries(args.input, args.lang, args.limit):
-                lang = record["lang"]
-                if lang not in files:
-                    file = open(folder / f"{lang}.jsonl", "w", encoding="utf-8", newline="\n")
-                    files[lang] = stack.enter_context(file)
                 negatives, _ = hard_negatives(record, answers)
-                files[lang].write(dump(convert(record, negatives, args.layout, width)))
-                by_lang[lang] += 1
+                files[record["lang"]].write(dump(convert(record, negatives, args.layout, width)))
         output.finish(folder, queries=len(widths), fewest_negatives=width, **counts,
                       by_lang=dict(sorted(by_lang.items())))
 

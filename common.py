@@ -123,7 +123,6 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
     def common_flags(self):
-        """The flags that mean the same in every stage."""
         self.add_argument("--seed", type=seed, default=13, help="seed of every random draw")
         self.add_argument("--limit", type=positive_int, metavar="N",
                           help="use only the first N queries of each language")
@@ -164,9 +163,8 @@ def share(text):
     return float(text)
 
 
-def say(*words):
-    """Words on stderr, where no text of a file or server steers the terminal."""
-    text = " ".join(map(str, words))
+def say(text):
+    """A text on stderr, where none of a file or server steers the terminal."""
     print(CONTROL.sub(lambda found: ascii(found[0])[1:-1], text), file=sys.stderr, flush=True)
 
 
@@ -217,28 +215,26 @@ def read_lines(path, blank=False):
 DECODER = json.JSONDecoder(parse_float=finite, parse_constant=finite)  # NaN is no JSON, and 1e999 no number
 
 
-def parse_line(path, number, line):
-    """One JSON object from one line; DataError with file and line otherwise."""
-    where = f"{path}:{number}"
-    try:
-        record = DECODER.decode(line.decode("utf-8-sig"))
-        if b"\\u" in line:
-            json.dumps(record, ensure_ascii=False).encode()  # a lone surrogate could never be written again
-    except UnicodeError as error:
-        raise DataError(f"{where}: not valid UTF-8 ({error}); convert the file, or unpack it") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not a JSON object ({error}); is the file half-written?") from None
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: a JSON {type(record).__name__}; want an object a line")
-    return record
-
-
 def decode(line, where):
     """The text of a line of bytes, without a byte-order mark and its line end."""
     try:
         return line.decode("utf-8-sig").rstrip("\r\n")
     except UnicodeError as error:
         raise DataError(f"{where}: not valid UTF-8 ({error}); convert the file, or unpack it") from None
+
+
+def parse_line(path, number, line):
+    """One JSON object from one line; DataError with file and line otherwise."""
+    where = f"{path}:{number}"
+    try:
+        record = DECODER.decode(decode(line, where))
+        if b"\\u" in line:  # a lone surrogate could never be written again
+            decode(json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass"), where)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not a JSON object ({error}); is the file half-written?") from None
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: a JSON {type(record).__name__}; want an object a line")
+    return record
 
 
 def read_qrels(path, queries=None):
@@ -267,12 +263,12 @@ def read_json(path, kind=dict):
     """The object (or list) that a JSON file holds, an empty one where there is no such file."""
     try:
         content = DECODER.decode(path.read_text("utf-8-sig")) if path.is_file() else kind()
-        if isinstance(content, kind):
-            return content
-        error = f"a {type(content).__name__}, want a {kind.__name__}"
-    except (ValueError, RecursionError) as trouble:
-        error = trouble
-    raise DataError(f"{path}: not JSON as wanted ({error}); fetch it again, or make it with --overwrite")
+        if not isinstance(content, kind):
+            raise ValueError(f"a {type(content).__name__}, want a {kind.__name__}")
+        return content
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON as wanted ({error}); fetch it again, or delete it and make it "
+                        "with --overwrite") from None
 
 
 def check_text(record, key, where, empty=False):
@@ -297,7 +293,6 @@ def check_passage(passage, where):
 
 
 def check_lang(lang, where="--lang or --translate"):
-    """The language; DataError unless it is a code."""
     if not isinstance(lang, str) or not LANG.fullmatch(lang):
         raise DataError(f"{where}: 'lang' {str(lang)[:20]!r} cannot name a file; want a code such as sw")
     return lang
@@ -453,7 +448,6 @@ def beside(path, ending):
 
 
 def remove(path):
-    """A file or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
@@ -552,8 +546,7 @@ class Output:
     # where things lie and how fast they are made does not change what is made
     NEUTRAL = {"out", "overwrite", "cache", "device", "concurrency", "base_url", "save_every", "input",
                "data", "root", "queries", "timeout", "max_unjudged", "price_in", "price_out", "dry_run",
-               "tokenizer", "batch_export", "batch_import", "cascade_base_url",
-               "judge_base_url"}
+               "tokenizer", "batch_export", "batch_import", "cascade_base_url", "judge_base_url"}
 
     def __init__(self, args, inputs, models=(), out=None, parts=()):
         path = Path(out or args.out)
@@ -595,12 +588,7 @@ class Output:
         if not self.meta_path.exists() and not self.overwrite and (self.path.is_file() or self.parts):
             raise DataError(f"{self.path} exists and was not made by this script; pass --overwrite, "
                             "or another --out")
-        try:
-            meta = read_json(self.meta_path)
-        except DataError:
-            if not self.overwrite:
-                raise
-            meta = {}
+        meta = read_json(self.meta_path)
         found = self.digests(self.path) if self.path.is_dir() else {"": digest_file(self.path)}
         made = meta.get("files", {}) if self.path.is_dir() else {"": meta.get("digest")}
         untouched = made.items() <= found.items()
@@ -616,10 +604,6 @@ class Output:
             why = "arguments, inputs or models changed" if untouched else "a file is missing or was changed"
             say(f"{self.path}: {why}, making it again")
         return False
-
-    def write(self, records):
-        """Write records, consumed as they come, as JSONL."""
-        self.write_lines(dump(record) for record in records)
 
     def write_lines(self, lines):
         """Write file and meta, then rename: a kill in between leaves the old file, which is made again."""

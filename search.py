@@ -201,10 +201,7 @@ class Ensemble:
             self.encoders[name].encode_file(self.vectors_file(name, key), texts, "passage", bar)
 
     def encodings(self, queries):
-        """{retriever: (settings, {"query": n, "passage": n})} of {lang: queries} that have been searched:
-
-        how they and the passages there are encoded, and how many are longer than what is read.
-        """
+        """{retriever: (settings, {kind: number of texts cut})} of {lang: queries} that have been searched."""
         keys = [key for lang in queries for key, _ in self.shards(lang)]
         asked = [list(dict.fromkeys(of_lang)) for of_lang in queries.values()]
         found = {}
@@ -253,10 +250,7 @@ class Ensemble:
         return scores.astype(np.float64).round(6)
 
     def search(self, lang, queries, depth):
-        """(hits, ranks) of each query: [(docid, row, score)] of the best passages, at most depth, best first;
-
-        and {retriever: {docid: rank}} of what that one found, which is 2 x depth where there are several.
-        """
+        """(hits, ranks) by query: [(docid, row, score)], best first, and {retriever: {docid: rank}}."""
         lists = self.rank(lang, queries, 2 * depth if len(self.names) > 1 else depth)
         hits = [self.fuse(dict(zip(lists, found)))[:depth] for found in zip(*lists.values())]
         ranks = [{name: {docid: rank for rank, (docid, _, _) in enumerate(lists[name][q], 1)}

@@ -204,12 +204,12 @@ def other_prompts(folder):
 
 
 @contextlib.contextmanager
-def usable(folder, what, remedy="fetch or save the model again, or name another"):
-    """Errors of a block that loads something from a folder become DataErrors."""
+def usable(path, trouble, remedy="fetch or save the model again, or name another"):
+    """Errors of a block that loads something become DataErrors."""
     try:
         yield
     except Exception as error:  # safetensors, tokenizers and the model classes raise their own kinds
-        raise DataError(f"{folder}: no {what} to be used ({str(error)[:200]}); {remedy}") from None
+        raise DataError(f"{path}: {trouble} ({str(error)[:200]}); {remedy}") from None
 
 
 def check_tokenizer(tokenizer):
@@ -222,7 +222,7 @@ def check_tokenizer(tokenizer):
 def load_tokenizer(name):
     from transformers import AutoTokenizer
     folder = model_folder(name)
-    with usable(folder, "tokenizer"):
+    with usable(folder, "no tokenizer to be used"):
         tokenizer = check_tokenizer(AutoTokenizer.from_pretrained(folder))
         if not tokenizer.is_fast:
             raise ValueError("it is written in Python and tells no offsets")
@@ -259,9 +259,9 @@ def load_model(folder, device):
     logger = logging.getLogger("transformers.modeling_utils")
     logger.setLevel(logging.INFO)  # whatever TRANSFORMERS_VERBOSITY says; from WARNING on it tells of shards
     logger.filters = [refuse]  # falsy: nothing is printed
-    with usable(f"--device {device}", "device", "take auto or cpu"):
+    with usable(f"--device {device}", "no device to be used", "take auto or cpu"):
         torch.empty(0, device=device)
-    with usable(folder, "encoder"):
+    with usable(folder, "no encoder to be used"):
         for name in ("config.json", "tokenizer_config.json"):
             if "auto_map" in read_json(folder / name):
                 raise ValueError(f"{name} names a custom class (auto_map), code of a model folder is not run")
@@ -284,22 +284,18 @@ def load_model(folder, device):
 
 def load_rows(path, n_rows, mode="r"):
     """A memory-mapped array; DataError where the file is damaged or has another number of rows."""
-    try:
+    with usable(path, "cannot be read", "delete it to have it made again"):
         array = np.load(path, mmap_mode=mode, allow_pickle=False)
         if len(array) != n_rows:
             raise ValueError(f"{len(array)} rows, want {n_rows}")
         return array
-    except (OSError, ValueError, EOFError, TypeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); delete it to have it made again") from None
 
 
 def read_cut(path):
     """How many texts encode_file has cut of those whose vectors are at path."""
     path = path.with_suffix(".cut")
-    try:
+    with usable(path, "cannot be read", "delete the .npy beside it, too"):
         return int(path.read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); delete the .npy beside it, too") from None
 
 
 def save_rows(path, array):
@@ -325,7 +321,7 @@ class Encoder:
         self.n_cut = {"query": 0, "passage": 0}
         self.n_prompt = {"query": 0, "passage": 0}  # tokens, which some models do not pool
         self.given = read_settings(settings, [self.name, str(name)])
-        with usable(self.folder, "settings"):
+        with usable(self.folder, "no settings to be used"):
             said, assumed = maker_settings(self.folder, self.name)
         used = OTHERS | assumed | said | self.given
         self.assumed = {key: value for key, value in assumed.items() if key not in said | self.given}
@@ -369,7 +365,7 @@ class Encoder:
         if not any(parameter.requires_grad for parameter in transformer.parameters()):
             raise DataError(f"{self.folder}: an adapter, whose weights are frozen; merge it into its base")
         if checkpointing:
-            with usable(self.folder, "gradient checkpointing", "leave --gradient-checkpointing out"):
+            with usable(self.folder, "gradient checkpointing fails", "leave --gradient-checkpointing out"):
                 transformer.activation_checkpointing_enable()
         if self.device == "cpu":
             transformer.set_attn_implementation("eager")  # torch's is of fp32 where there is dropout
@@ -415,7 +411,7 @@ class Encoder:
         if not path.is_file():
             with atomic(path) as temporary:
                 temporary.write_text(json.dumps(self.settings()), "utf-8")
-        with usable(path, "settings", "delete it to have it made again"):
+        with usable(path, "no settings to be used", "delete it to have it made again"):
             settings = read_json(path) | {"assumed": self.assumed, "given": self.given}
             self.max_len = {kind: int(settings["max_len"][kind]) for kind in self.asked}
         return settings

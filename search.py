@@ -370,7 +370,7 @@ class BM25:
                     self.make_index(lang, folder)
         gather(None)  # the others wait for it
         docids = np.concatenate([self.ensemble.docids(*shard) for shard in shards])
-        with encoder.usable(folder, "BM25 index", "delete it to have it made again"):
+        with encoder.usable(folder, "no BM25 index to be used", "delete it to have it made again"):
             return bm25s.BM25.load(folder, mmap=True), docids
 
     def make_index(self, lang, folder):

@@ -179,7 +179,7 @@ def read_settings(texts, names):
 
 
 def maker_settings(folder, name):
-    """(what a folder's own files say, what its name lets assume); keys as in OTHERS."""
+    """(what a folder's files say, what its name lets assume), keys as in OTHERS, and prompts of no use."""
     files = read_json(folder / "config_sentence_transformers.json")
     prompts = files.get("prompts") or {}
     kinds = PASSAGE_PROMPTS[:1] if "title_join" in files else PASSAGE_PROMPTS  # that save() writes, or others
@@ -192,15 +192,12 @@ def maker_settings(folder, name):
         said = {key: value for key, value in said.items() if value}
     assumed = next((row for pattern, row in MAKERS.items() if re.search(pattern, name.lower())), {})
     if (folder / "modules.json").is_file():
-        return said | {"pooling": None}, assumed  # None: as the modules are
-    causal = "ForCausalLM" in str(read_json(folder / "config.json").get("architectures"))
-    return said, OTHERS | ({"pooling": "lasttoken"} if causal else {}) | assumed  # as sentence-transformers
-
-
-def other_prompts(folder):
-    """Names of a folder's prompts that are for neither queries nor passages, as far as the names tell."""
-    prompts = read_json(folder / "config_sentence_transformers.json").get("prompts") or {}
-    return sorted({name for name, text in prompts.items() if text} - {"query", *PASSAGE_PROMPTS})
+        said["pooling"] = None  # as the modules are
+    else:  # as sentence-transformers
+        causal = "ForCausalLM" in str(read_json(folder / "config.json").get("architectures"))
+        assumed = OTHERS | {"pooling": "lasttoken" if causal else "mean"} | assumed
+    others = sorted({key for key, text in prompts.items() if text} - {"query", *PASSAGE_PROMPTS})
+    return said, assumed, others
 
 
 @contextlib.contextmanager
@@ -322,16 +319,15 @@ class Encoder:
         self.n_prompt = {"query": 0, "passage": 0}  # tokens, which some models do not pool
         self.given = read_settings(settings, [self.name, str(name)])
         with usable(self.folder, "no settings to be used"):
-            said, assumed = maker_settings(self.folder, self.name)
+            said, assumed, others = maker_settings(self.folder, self.name)
         used = OTHERS | assumed | said | self.given
         self.assumed = {key: value for key, value in assumed.items() if key not in said | self.given}
         is_first = os.environ.get("RANK", "0") == "0"
         if self.assumed and is_first:
             say(f"{self.name}: not in sentence-transformers' files in its folder, so assumed by name: "
                 + json.dumps(self.assumed)[1:-1])
-        unused = other_prompts(self.folder)
-        if unused and is_first and not (used["query_prefix"] or used["passage_prefix"]):
-            say(f"{self.name}: none of its prompts ({', '.join(unused)}) is named query or document, so none "
+        if others and is_first and not (used["query_prefix"] or used["passage_prefix"]):
+            say(f"{self.name}: none of its prompts ({', '.join(others)}) is named query or document, so none "
                 "is used; name one with --settings query_prefix=... passage_prefix=...")
         self.pooling = used["pooling"]
         self.similarity = used["similarity"]

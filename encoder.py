@@ -429,8 +429,7 @@ class Encoder:
         if "token_type_ids" in fed and fed["token_type_ids"][mask].any():
             raise DataError(f"{self.folder}: its tokenizer gives token types, which are not read here; take "
                             "another model")
-        rows = zip(fed["input_ids"], mask)                                                     # (N, L) each
-        token_ids = [ids[mask].tolist() for ids, mask in rows]
+        token_ids = [ids[read].tolist() for ids, read in zip(fed["input_ids"], mask)]
         cut = [len(ids) >= self.max_len[kind] for ids in token_ids]  # where nothing tells what was cut off
         if getattr(fed, "encodings", None):
             cut = [bool(encoding.overflowing) for encoding in fed.encodings]

@@ -16,6 +16,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import pytrec_eval
 
 from common import (DataError, Output, Parser, corpus_files, fetch_passages, normalise, parse_line,
                     passage_text, positive_int, read_json, read_lines, read_qrels, read_queries, run, say,
@@ -183,15 +184,13 @@ def make_runs(model, name, args, queries, qrels, inputs, digests):
 
 def measure(qrels, run, least=1):
     """{query_id: {measure: value}} of each query with a relevant passage; one without results counts 0."""
-    import pytrec_eval
     evaluator = pytrec_eval.RelevanceEvaluator(qrels, set(MEASURES.values()), relevance_level=least)
-    values = evaluator.evaluate({query_id: hits for query_id, hits in run.items() if hits})
+    values = evaluator.evaluate(run)
     return {query_id: {name: values.get(query_id, {}).get(key, 0.0) for name, key in MEASURES.items()}
             for query_id in answerable(qrels, least)}
 
 
 def measure_run(qrels, path, least=1):
-    import pytrec_eval
     with open(path, encoding="utf-8") as lines:
         return measure(qrels, pytrec_eval.parse_run(lines), least)
 

@@ -181,6 +181,13 @@ def read_settings(texts, names):
 def maker_settings(folder, name):
     """(what a folder's files say, what its name lets assume), keys as in OTHERS, and prompts of no use."""
     files = read_json(folder / "config_sentence_transformers.json")
+    architectures = str(read_json(folder / "config.json").get("architectures"))
+    has_modules = (folder / "modules.json").is_file()
+    kind = files.get("model_type", "SentenceTransformer")
+    if "ForSequenceClassification" in architectures and not has_modules:
+        kind = "reranker"
+    if kind != "SentenceTransformer":  # sparse and late-interaction models, too: they would load in vain
+        raise ValueError(f"a {kind} gives no vector a text, a SentenceTransformer does")
     prompts = files.get("prompts") or {}
     kinds = PASSAGE_PROMPTS[:1] if "title_join" in files else PASSAGE_PROMPTS  # that save() writes, or others
     said = {"similarity": files.get("similarity_fn_name"), "title_join": files.get("title_join"),
@@ -191,11 +198,11 @@ def maker_settings(folder, name):
     if "title_join" not in files:  # not from save(): an empty prompt may be one that nobody thought of
         said = {key: value for key, value in said.items() if value}
     assumed = next((row for pattern, row in MAKERS.items() if re.search(pattern, name.lower())), {})
-    if (folder / "modules.json").is_file():
+    if has_modules:
         said["pooling"] = None  # as the modules are
     else:  # as sentence-transformers
-        causal = "ForCausalLM" in str(read_json(folder / "config.json").get("architectures"))
-        assumed = OTHERS | {"pooling": "lasttoken" if causal else "mean"} | assumed
+        pooling = "lasttoken" if "ForCausalLM" in architectures else "mean"
+        assumed = OTHERS | {"pooling": pooling} | assumed
     others = sorted({key for key, text in prompts.items() if text} - {"query", *PASSAGE_PROMPTS})
     return said, assumed, others
 
@@ -226,16 +233,6 @@ def load_tokenizer(name):
         return tokenizer
 
 
-def check_kind(folder):
-    """ValueError for rerankers, sparse and late-interaction models, which would load with a vain pooling."""
-    kind = read_json(folder / "config_sentence_transformers.json").get("model_type", "SentenceTransformer")
-    if not (folder / "modules.json").is_file():
-        architectures = str(read_json(folder / "config.json").get("architectures"))
-        kind = "reranker" if "ForSequenceClassification" in architectures else kind
-    if kind != "SentenceTransformer":
-        raise ValueError(f"a {kind} gives no vector a text, a SentenceTransformer does")
-
-
 def load_model(folder, device):
     """The SentenceTransformer of a folder in fp32; DataError where what it needs is missing or damaged."""
     import torch
@@ -262,7 +259,6 @@ def load_model(folder, device):
         for name in ("config.json", "tokenizer_config.json"):
             if "auto_map" in read_json(folder / name):
                 raise ValueError(f"{name} names a custom class (auto_map), code of a model folder is not run")
-        check_kind(folder)
         model = SentenceTransformer(str(folder), device=device, local_files_only=True,
                                     model_kwargs={"dtype": torch.float32})
         if not (isinstance(model[0], Transformer) and any(isinstance(module, Pooling) for module in model)):
@@ -318,7 +314,7 @@ class Encoder:
         self.n_cut = {"query": 0, "passage": 0}
         self.n_prompt = {"query": 0, "passage": 0}  # tokens, which some models do not pool
         self.given = read_settings(settings, [self.name, str(name)])
-        with usable(self.folder, "no settings to be used"):
+        with usable(self.folder, "no settings of an encoder"):
             said, assumed, others = maker_settings(self.folder, self.name)
         used = OTHERS | assumed | said | self.given
         self.assumed = {key: value for key, value in assumed.items() if key not in said | self.given}

@@ -116,8 +116,7 @@ def faster(on_cpu):
             return product(grad, weight.t()), of_weight, grad_t.sum(1) if ctx.needs_input_grad[2] else None
 
     def linear(x, weight, bias=None):
-        in_fp32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        if not in_fp32:
+        if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
             return before[0](x, weight, bias)
         flat = Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
         return flat.view(*x.shape[:-1], len(weight))  # a view that some models change in place
@@ -353,7 +352,6 @@ class Encoder:
     def trainable(self, checkpointing=False):
         """The model's parameters, ready to be trained; DataError where they cannot be."""
         transformer = self.model[0].model
-        parameters = list(self.model.parameters())
         if not any(parameter.requires_grad for parameter in transformer.parameters()):
             raise DataError(f"{self.folder}: an adapter, whose weights are frozen; merge it into its base")
         if checkpointing:
@@ -362,7 +360,7 @@ class Encoder:
         if self.device == "cpu":
             transformer.set_attn_implementation("eager")  # torch's is of fp32 where there is dropout
             transformer.get_input_embeddings().sparse = True  # else each chunk adds up a whole table
-        return parameters
+        return list(self.model.parameters())
 
     @cached_property
     def max_len(self):

@@ -173,10 +173,8 @@ class Ensemble:
 
     def not_in_corpus(self, lang, docids):
         """Those of the docids that no passage of a language has."""
-        left = set(docids)
-        for shard in self.shards(lang):
-            left -= {docid.decode() for docid in self.docids(*shard).tolist()}
-        return left
+        found = (docid.decode() for shard in self.shards(lang) for docid in self.docids(*shard).tolist())
+        return set(docids).difference(found)
 
     def n_passages(self, lang):
         return sum(n for _, n in self.shards(lang))

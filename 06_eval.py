@@ -21,7 +21,7 @@ import pytrec_eval
 from common import (DataError, Output, Parser, corpus_files, fetch_passages, normalise, parse_line,
                     passage_text, positive_int, read_json, read_lines, read_qrels, read_queries, run, say,
                     short_name, text_key)
-from encoder import check_settings, encoder_flags, flags_given, model_digests
+from encoder import encoder_flags, flags_given, model_digests
 from search import Ensemble
 
 MEASURES = {"ndcg@10": "ndcg_cut_10", "recall@100": "recall_100"}
@@ -56,7 +56,7 @@ def check_flags(args):
     args.bm25_tokenizer = args.bm25_tokenizer or next((m for m in args.models if m != "bm25"), None)
     if args.depth < 100:
         raise DataError(f"--depth {args.depth}: Recall@100 needs at least 100; raise it")
-    check_settings(args.settings, args.models)
+    flags_given(args, args.models)  # DataError where --settings names none of them
     data = Path(args.data).absolute()
     made = read_json(data.with_name(f"{data.name}.meta.json")).get("arguments", {})
     if made.get("min_relevance", args.min_relevance) != args.min_relevance:
@@ -150,7 +150,7 @@ def make_runs(model, name, args, queries, qrels, inputs, digests):
     A run hangs on what is in `own` and its inputs alone: it outlives other models, languages and baselines.
     """
     tokenizer = args.bm25_tokenizer if model == "bm25" else None
-    reading = flags_given(args)
+    reading = flags_given(args, args.models)
     own = {"overwrite": args.overwrite, "limit": args.limit, "depth": args.depth, **reading,
            "model": name, "bm25_terms": tokenizer and short_name(tokenizer)}
     models = model_digests([model, tokenizer])

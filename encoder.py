@@ -52,23 +52,18 @@ def encoder_flags(parser):
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
 
 
-def flags_given(args):
-    """The arguments of Encoder that are flags."""
-    names = ("device", "query_max_len", "passage_max_len", "settings", "dtype")
-    return {name: getattr(args, name) for name in names}
-
-
-def check_settings(settings, models):
-    """DataError where --settings names a model that is not there."""
-    for of in {setting.partition("=")[0].rpartition(":")[0] for setting in settings} - {""}:
-        if of not in {*models, *map(short_name, models)}:
-            names = " ".join(map(short_name, models))
-            raise DataError(f"--settings: {of!r} is not a model here; want one of {names}")
+def flags_given(args, models):
+    """The arguments of Encoder that are flags; DataError where --settings names none of the models."""
+    names = list(map(short_name, models))
+    for of in {setting.partition("=")[0].rpartition(":")[0] for setting in args.settings} - {""}:
+        if of not in [*models, *names]:
+            raise DataError(f"--settings: {of!r} is not a model here; want one of {' '.join(names)}")
+    flags = ("device", "query_max_len", "passage_max_len", "settings", "dtype")
+    return {flag: getattr(args, flag) for flag in flags}
 
 
 def from_flags(name, args):
-    check_settings(args.settings, [name])
-    return Encoder(name, **flags_given(args))
+    return Encoder(name, **flags_given(args, [name]))
 
 
 def keep_blocks(size):

@@ -42,9 +42,8 @@ def ensemble_flags(parser):
 
 
 def from_flags(args):
-    encoder.check_settings(args.settings, args.retrievers)
     return Ensemble(args.retrievers, args.data, args.cache, args.fusion, args.weights, args.bm25_tokenizer,
-                    **encoder.flags_given(args))
+                    **encoder.flags_given(args, args.retrievers))
 
 
 # --------------------------------------------------------------------------- processes (torchrun)

@@ -423,7 +423,7 @@ def resume(folder, model, optimizer, run_key):
     import torch
     state = {"step": 0, "log_bytes": 0, "clipped": 0, "best": -1.0, "without_gain": 0}
     if (folder / "last.pt").exists():
-        with usable(folder / "last.pt", "checkpoint", "pass --overwrite to start anew"):
+        with usable(folder / "last.pt", "no checkpoint to be used", "pass --overwrite to start anew"):
             saved = torch.load(folder / "last.pt", weights_only=True, map_location="cpu")
         if saved["run"] != run_key:
             raise DataError(f"{folder} is of another run (flags, input or encoder differ); go on with those, "

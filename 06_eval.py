@@ -16,11 +16,12 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import pytrec_eval
 
 from common import (DataError, Output, Parser, corpus_files, fetch_passages, normalise, parse_line,
                     passage_text, positive_int, read_json, read_lines, read_qrels, read_queries, run, say,
                     short_name, text_key)
-from encoder import check_settings, encoder_flags, flags_given, model_digests
+from encoder import encoder_flags, flags_given, model_digests
 from search import Ensemble
 
 MEASURES = {"ndcg@10": "ndcg_cut_10", "recall@100": "recall_100"}
@@ -55,7 +56,7 @@ def check_flags(args):
     args.bm25_tokenizer = args.bm25_tokenizer or next((m for m in args.models if m != "bm25"), None)
     if args.depth < 100:
         raise DataError(f"--depth {args.depth}: Recall@100 needs at least 100; raise it")
-    check_settings(args.settings, args.models)
+    flags_given(args, args.models)  # DataError where --settings names none of them
     data = Path(args.data).absolute()
     made = read_json(data.with_name(f"{data.name}.meta.json")).get("arguments", {})
     if made.get("min_relevance", args.min_relevance) != args.min_relevance:
@@ -149,7 +150,7 @@ def make_runs(model, name, args, queries, qrels, inputs, digests):
     A run hangs on what is in `own` and its inputs alone: it outlives other models, languages and baselines.
     """
     tokenizer = args.bm25_tokenizer if model == "bm25" else None
-    reading = flags_given(args)
+    reading = flags_given(args, args.models)
     own = {"overwrite": args.overwrite, "limit": args.limit, "depth": args.depth, **reading,
            "model": name, "bm25_terms": tokenizer and short_name(tokenizer)}
     models = model_digests([model, tokenizer])
@@ -159,9 +160,7 @@ def make_runs(model, name, args, queries, qrels, inputs, digests):
     for lang in inputs:
         output = Output(Namespace(**own, corpus=digests[lang]), inputs[lang], models,
                         run_path(args.out, name, lang))
-        if output.is_done():
-            values[lang] = measure_run(qrels[lang], output.path, args.min_relevance)
-        else:
+        if not output.is_done():
             ensemble = ensemble or Ensemble([model], args.data, args.cache, bm25_tokenizer=tokenizer,
                                             **reading)
             texts = list(queries[lang].values())
@@ -177,29 +176,21 @@ def make_runs(model, name, args, queries, qrels, inputs, digests):
                 raise DataError(f"{inputs[lang][1]}: the corpus has none of the {len(judged)} relevant "
                                 f"passages, such as {min(lost)}; take files that belong together")
             output.meta["not_in_corpus"] = len(lost)
-            ranking = dict(zip(queries[lang], hits))
-            output.write_lines(run_lines(ranking, run_name(name)))
-            values[lang] = measure(qrels[lang], scores_of(ranking), args.min_relevance)
+            output.write_lines(run_lines(dict(zip(queries[lang], hits)), run_name(name)))
+        values[lang] = measure_run(qrels[lang], output.path, args.min_relevance)
         metas.append(json.loads(output.meta_path.read_text("utf-8")))
     return metas, values
 
 
-def scores_of(ranking):
-    """{query_id: {docid: score}} of {query_id: [(docid, row, score)]}: what its run file holds."""
-    return {query_id: {docid: score for docid, _, score in hits} for query_id, hits in ranking.items()}
-
-
 def measure(qrels, run, least=1):
     """{query_id: {measure: value}} of each query with a relevant passage; one without results counts 0."""
-    import pytrec_eval
     evaluator = pytrec_eval.RelevanceEvaluator(qrels, set(MEASURES.values()), relevance_level=least)
-    values = evaluator.evaluate({query_id: hits for query_id, hits in run.items() if hits})
+    values = evaluator.evaluate(run)
     return {query_id: {name: values.get(query_id, {}).get(key, 0.0) for name, key in MEASURES.items()}
             for query_id in answerable(qrels, least)}
 
 
 def measure_run(qrels, path, least=1):
-    import pytrec_eval
     with open(path, encoding="utf-8") as lines:
         return measure(qrels, pytrec_eval.parse_run(lines), least)
 

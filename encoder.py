@@ -52,23 +52,18 @@ def encoder_flags(parser):
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
 
 
-def flags_given(args):
-    """The arguments of Encoder that are flags."""
-    names = ("device", "query_max_len", "passage_max_len", "settings", "dtype")
-    return {name: getattr(args, name) for name in names}
-
-
-def check_settings(settings, models):
-    """DataError where --settings names a model that is not there."""
-    for of in {setting.partition("=")[0].rpartition(":")[0] for setting in settings} - {""}:
-        if of not in {*models, *map(short_name, models)}:
-            names = " ".join(map(short_name, models))
-            raise DataError(f"--settings: {of!r} is not a model here; want one of {names}")
+def flags_given(args, models):
+    """The arguments of Encoder that are flags; DataError where --settings names none of the models."""
+    names = list(map(short_name, models))
+    for of in {setting.partition("=")[0].rpartition(":")[0] for setting in args.settings} - {""}:
+        if of not in [*models, *names]:
+            raise DataError(f"--settings: {of!r} is not a model here; want one of {' '.join(names)}")
+    flags = ("device", "query_max_len", "passage_max_len", "settings", "dtype")
+    return {flag: getattr(args, flag) for flag in flags}
 
 
 def from_flags(name, args):
-    check_settings(args.settings, [name])
-    return Encoder(name, **flags_given(args))
+    return Encoder(name, **flags_given(args, [name]))
 
 
 def keep_blocks(size):
@@ -116,8 +111,7 @@ def faster(on_cpu):
             return product(grad, weight.t()), of_weight, grad_t.sum(1) if ctx.needs_input_grad[2] else None
 
     def linear(x, weight, bias=None):
-        in_fp32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        if not in_fp32:
+        if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
             return before[0](x, weight, bias)
         flat = Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
         return flat.view(*x.shape[:-1], len(weight))  # a view that some models change in place
@@ -179,8 +173,15 @@ def read_settings(texts, names):
 
 
 def maker_settings(folder, name):
-    """(what a folder's own files say, what its name lets assume); keys as in OTHERS."""
+    """(what a folder's files say, what its name lets assume), keys as in OTHERS, and prompts of no use."""
     files = read_json(folder / "config_sentence_transformers.json")
+    architectures = str(read_json(folder / "config.json").get("architectures"))
+    has_modules = (folder / "modules.json").is_file()
+    kind = files.get("model_type", "SentenceTransformer")
+    if "ForSequenceClassification" in architectures and not has_modules:
+        kind = "reranker"
+    if kind != "SentenceTransformer":  # sparse and late-interaction models, too: they would load in vain
+        raise ValueError(f"a {kind} gives no vector a text, a SentenceTransformer does")
     prompts = files.get("prompts") or {}
     kinds = PASSAGE_PROMPTS[:1] if "title_join" in files else PASSAGE_PROMPTS  # that save() writes, or others
     said = {"similarity": files.get("similarity_fn_name"), "title_join": files.get("title_join"),
@@ -191,25 +192,22 @@ def maker_settings(folder, name):
     if "title_join" not in files:  # not from save(): an empty prompt may be one that nobody thought of
         said = {key: value for key, value in said.items() if value}
     assumed = next((row for pattern, row in MAKERS.items() if re.search(pattern, name.lower())), {})
-    if (folder / "modules.json").is_file():
-        return said | {"pooling": None}, assumed  # None: as the modules are
-    causal = "ForCausalLM" in str(read_json(folder / "config.json").get("architectures"))
-    return said, OTHERS | ({"pooling": "lasttoken"} if causal else {}) | assumed  # as sentence-transformers
-
-
-def other_prompts(folder):
-    """Names of a folder's prompts that are for neither queries nor passages, as far as the names tell."""
-    prompts = read_json(folder / "config_sentence_transformers.json").get("prompts") or {}
-    return sorted({name for name, text in prompts.items() if text} - {"query", *PASSAGE_PROMPTS})
+    if has_modules:
+        said["pooling"] = None  # as the modules are
+    else:  # as sentence-transformers
+        pooling = "lasttoken" if "ForCausalLM" in architectures else "mean"
+        assumed = OTHERS | {"pooling": pooling} | assumed
+    others = sorted({key for key, text in prompts.items() if text} - {"query", *PASSAGE_PROMPTS})
+    return said, assumed, others
 
 
 @contextlib.contextmanager
-def usable(folder, what, remedy="fetch or save the model again, or name another"):
-    """Errors of a block that loads something from a folder become DataErrors."""
+def usable(path, trouble, remedy="fetch or save the model again, or name another"):
+    """Errors of a block that loads something become DataErrors."""
     try:
         yield
     except Exception as error:  # safetensors, tokenizers and the model classes raise their own kinds
-        raise DataError(f"{folder}: no {what} to be used ({str(error)[:200]}); {remedy}") from None
+        raise DataError(f"{path}: {trouble} ({str(error)[:200]}); {remedy}") from None
 
 
 def check_tokenizer(tokenizer):
@@ -222,21 +220,11 @@ def check_tokenizer(tokenizer):
 def load_tokenizer(name):
     from transformers import AutoTokenizer
     folder = model_folder(name)
-    with usable(folder, "tokenizer"):
+    with usable(folder, "no tokenizer to be used"):
         tokenizer = check_tokenizer(AutoTokenizer.from_pretrained(folder))
         if not tokenizer.is_fast:
             raise ValueError("it is written in Python and tells no offsets")
         return tokenizer
-
-
-def check_kind(folder):
-    """ValueError for rerankers, sparse and late-interaction models, which would load with a vain pooling."""
-    kind = read_json(folder / "config_sentence_transformers.json").get("model_type", "SentenceTransformer")
-    if not (folder / "modules.json").is_file():
-        architectures = str(read_json(folder / "config.json").get("architectures"))
-        kind = "reranker" if "ForSequenceClassification" in architectures else kind
-    if kind != "SentenceTransformer":
-        raise ValueError(f"a {kind} gives no vector a text, a SentenceTransformer does")
 
 
 def load_model(folder, device):
@@ -259,13 +247,12 @@ def load_model(folder, device):
     logger = logging.getLogger("transformers.modeling_utils")
     logger.setLevel(logging.INFO)  # whatever TRANSFORMERS_VERBOSITY says; from WARNING on it tells of shards
     logger.filters = [refuse]  # falsy: nothing is printed
-    with usable(f"--device {device}", "device", "take auto or cpu"):
+    with usable(f"--device {device}", "no device to be used", "take auto or cpu"):
         torch.empty(0, device=device)
-    with usable(folder, "encoder"):
+    with usable(folder, "no encoder to be used"):
         for name in ("config.json", "tokenizer_config.json"):
             if "auto_map" in read_json(folder / name):
                 raise ValueError(f"{name} names a custom class (auto_map), code of a model folder is not run")
-        check_kind(folder)
         model = SentenceTransformer(str(folder), device=device, local_files_only=True,
                                     model_kwargs={"dtype": torch.float32})
         if not (isinstance(model[0], Transformer) and any(isinstance(module, Pooling) for module in model)):
@@ -284,22 +271,18 @@ def load_model(folder, device):
 
 def load_rows(path, n_rows, mode="r"):
     """A memory-mapped array; DataError where the file is damaged or has another number of rows."""
-    try:
+    with usable(path, "cannot be read", "delete it to have it made again"):
         array = np.load(path, mmap_mode=mode, allow_pickle=False)
         if len(array) != n_rows:
             raise ValueError(f"{len(array)} rows, want {n_rows}")
         return array
-    except (OSError, ValueError, EOFError, TypeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); delete it to have it made again") from None
 
 
 def read_cut(path):
     """How many texts encode_file has cut of those whose vectors are at path."""
     path = path.with_suffix(".cut")
-    try:
+    with usable(path, "cannot be read", "delete the .npy beside it, too"):
         return int(path.read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); delete the .npy beside it, too") from None
 
 
 def save_rows(path, array):
@@ -325,17 +308,16 @@ class Encoder:
         self.n_cut = {"query": 0, "passage": 0}
         self.n_prompt = {"query": 0, "passage": 0}  # tokens, which some models do not pool
         self.given = read_settings(settings, [self.name, str(name)])
-        with usable(self.folder, "settings"):
-            said, assumed = maker_settings(self.folder, self.name)
+        with usable(self.folder, "no settings of an encoder"):
+            said, assumed, others = maker_settings(self.folder, self.name)
         used = OTHERS | assumed | said | self.given
         self.assumed = {key: value for key, value in assumed.items() if key not in said | self.given}
         is_first = os.environ.get("RANK", "0") == "0"
         if self.assumed and is_first:
             say(f"{self.name}: not in sentence-transformers' files in its folder, so assumed by name: "
                 + json.dumps(self.assumed)[1:-1])
-        unused = other_prompts(self.folder)
-        if unused and is_first and not (used["query_prefix"] or used["passage_prefix"]):
-            say(f"{self.name}: none of its prompts ({', '.join(unused)}) is named query or document, so none "
+        if others and is_first and not (used["query_prefix"] or used["passage_prefix"]):
+            say(f"{self.name}: none of its prompts ({', '.join(others)}) is named query or document, so none "
                 "is used; name one with --settings query_prefix=... passage_prefix=...")
         self.pooling = used["pooling"]
         self.similarity = used["similarity"]
@@ -365,16 +347,15 @@ class Encoder:
     def trainable(self, checkpointing=False):
         """The model's parameters, ready to be trained; DataError where they cannot be."""
         transformer = self.model[0].model
-        parameters = list(self.model.parameters())
         if not any(parameter.requires_grad for parameter in transformer.parameters()):
             raise DataError(f"{self.folder}: an adapter, whose weights are frozen; merge it into its base")
         if checkpointing:
-            with usable(self.folder, "gradient checkpointing", "leave --gradient-checkpointing out"):
+            with usable(self.folder, "gradient checkpointing fails", "leave --gradient-checkpointing out"):
                 transformer.activation_checkpointing_enable()
         if self.device == "cpu":
             transformer.set_attn_implementation("eager")  # torch's is of fp32 where there is dropout
             transformer.get_input_embeddings().sparse = True  # else each chunk adds up a whole table
-        return parameters
+        return list(self.model.parameters())
 
     @cached_property
     def max_len(self):
@@ -415,7 +396,7 @@ class Encoder:
         if not path.is_file():
             with atomic(path) as temporary:
                 temporary.write_text(json.dumps(self.settings()), "utf-8")
-        with usable(path, "settings", "delete it to have it made again"):
+        with usable(path, "no settings to be used", "delete it to have it made again"):
             settings = read_json(path) | {"assumed": self.assumed, "given": self.given}
             self.max_len = {kind: int(settings["max_len"][kind]) for kind in self.asked}
         return settings
@@ -437,8 +418,7 @@ class Encoder:
         if "token_type_ids" in fed and fed["token_type_ids"][mask].any():
             raise DataError(f"{self.folder}: its tokenizer gives token types, which are not read here; take "
                             "another model")
-        rows = zip(fed["input_ids"], mask)                                                     # (N, L) each
-        token_ids = [ids[mask].tolist() for ids, mask in rows]
+        token_ids = [ids[read].tolist() for ids, read in zip(fed["input_ids"], mask)]
         cut = [len(ids) >= self.max_len[kind] for ids in token_ids]  # where nothing tells what was cut off
         if getattr(fed, "encodings", None):
             cut = [bool(encoding.overflowing) for encoding in fed.encodings]

@@ -42,9 +42,8 @@ def ensemble_flags(parser):
 
 
 def from_flags(args):
-    encoder.check_settings(args.settings, args.retrievers)
     return Ensemble(args.retrievers, args.data, args.cache, args.fusion, args.weights, args.bm25_tokenizer,
-                    **encoder.flags_given(args))
+                    **encoder.flags_given(args, args.retrievers))
 
 
 # --------------------------------------------------------------------------- processes (torchrun)
@@ -173,10 +172,8 @@ class Ensemble:
 
     def not_in_corpus(self, lang, docids):
         """Those of the docids that no passage of a language has."""
-        left = set(docids)
-        for shard in self.shards(lang):
-            left -= {docid.decode() for docid in self.docids(*shard).tolist()}
-        return left
+        found = (docid.decode() for shard in self.shards(lang) for docid in self.docids(*shard).tolist())
+        return set(docids).difference(found)
 
     def n_passages(self, lang):
         return sum(n for _, n in self.shards(lang))
@@ -201,10 +198,7 @@ class Ensemble:
             self.encoders[name].encode_file(self.vectors_file(name, key), texts, "passage", bar)
 
     def encodings(self, queries):
-        """{retriever: (settings, {"query": n, "passage": n})} of {lang: queries} that have been searched:
-
-        how they and the passages there are encoded, and how many are longer than what is read.
-        """
+        """{retriever: (settings, {kind: number of texts cut})} of {lang: queries} that have been searched."""
         keys = [key for lang in queries for key, _ in self.shards(lang)]
         asked = [list(dict.fromkeys(of_lang)) for of_lang in queries.values()]
         found = {}
@@ -253,10 +247,7 @@ class Ensemble:
         return scores.astype(np.float64).round(6)
 
     def search(self, lang, queries, depth):
-        """(hits, ranks) of each query: [(docid, row, score)] of the best passages, at most depth, best first;
-
-        and {retriever: {docid: rank}} of what that one found, which is 2 x depth where there are several.
-        """
+        """(hits, ranks) by query: [(docid, row, score)], best first, and {retriever: {docid: rank}}."""
         lists = self.rank(lang, queries, 2 * depth if len(self.names) > 1 else depth)
         hits = [self.fuse(dict(zip(lists, found)))[:depth] for found in zip(*lists.values())]
         ranks = [{name: {docid: rank for rank, (docid, _, _) in enumerate(lists[name][q], 1)}
@@ -376,7 +367,7 @@ class BM25:
                     self.make_index(lang, folder)
         gather(None)  # the others wait for it
         docids = np.concatenate([self.ensemble.docids(*shard) for shard in shards])
-        with encoder.usable(folder, "BM25 index", "delete it to have it made again"):
+        with encoder.usable(folder, "no BM25 index to be used", "delete it to have it made again"):
             return bm25s.BM25.load(folder, mmap=True), docids
 
     def make_index(self, lang, folder):

@@ -160,7 +160,9 @@ def make_runs(model, name, args, queries, qrels, inputs, digests):
     for lang in inputs:
         output = Output(Namespace(**own, corpus=digests[lang]), inputs[lang], models,
                         run_path(args.out, name, lang))
-        if not output.is_done():
+        if output.is_done():
+            values[lang] = measure_run(qrels[lang], output.path, args.min_relevance)
+        else:
             ensemble = ensemble or Ensemble([model], args.data, args.cache, bm25_tokenizer=tokenizer,
                                             **reading)
             texts = list(queries[lang].values())
@@ -176,10 +178,16 @@ def make_runs(model, name, args, queries, qrels, inputs, digests):
                 raise DataError(f"{inputs[lang][1]}: the corpus has none of the {len(judged)} relevant "
                                 f"passages, such as {min(lost)}; take files that belong together")
             output.meta["not_in_corpus"] = len(lost)
-            output.write_lines(run_lines(dict(zip(queries[lang], hits)), run_name(name)))
-        values[lang] = measure_run(qrels[lang], output.path, args.min_relevance)
+            ranking = dict(zip(queries[lang], hits))
+            output.write_lines(run_lines(ranking, run_name(name)))
+            values[lang] = measure(qrels[lang], scores_of(ranking), args.min_relevance)
         metas.append(json.loads(output.meta_path.read_text("utf-8")))
     return metas, values
+
+
+def scores_of(ranking):
+    """{query_id: {docid: score}} of {query_id: [(docid, row, score)]}: what its run file holds."""
+    return {query_id: {docid: score for docid, _, score in hits} for query_id, hits in ranking.items()}
 
 
 def measure(qrels, run, least=1):

@@ -260,7 +260,7 @@ def evaluate_ours(job):
     hits, = ensemble.rank("en", list(queries["en"].values()), 101).values()
     ranking = dict(zip(queries["en"], evaluation.without_itself("en", queries["en"], hits, args)))
     Path(job["out"]).write_text("".join(evaluation.run_lines(ranking, "ours")), "utf-8")
-    values = {"en": evaluation.measure_run(qrels["en"], job["out"])}
+    values = {"en": evaluation.measure(qrels["en"], evaluation.scores_of(ranking))}
     return {name: evaluation.averages(values)["avg"][name] for name in ("ndcg@10", "recall@100")}
 
 

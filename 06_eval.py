@@ -193,7 +193,7 @@ def scores_of(ranking):
 def measure(qrels, run, least=1):
     """{query_id: {measure: value}} of each query with a relevant passage; one without results counts 0."""
     evaluator = pytrec_eval.RelevanceEvaluator(qrels, set(MEASURES.values()), relevance_level=least)
-    values = evaluator.evaluate(run)
+    values = evaluator.evaluate({query_id: hits for query_id, hits in run.items() if hits})
     return {query_id: {name: values.get(query_id, {}).get(key, 0.0) for name, key in MEASURES.items()}
             for query_id in answerable(qrels, least)}
 

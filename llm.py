@@ -29,21 +29,28 @@ class Answers:
     """
 
     def __init__(self, path):
-        from filelock import FileLock
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)  # private; SQLite's own files beside it get the same mode
-        alone = FileLock(path.with_name(f".{path.name}.lock"), mode=0o600)
-        with self._errors_told(), alone:  # SQLite does not wait for others that open the file, too
+        with self._errors_told():
             self.db = sqlite3.connect(path, timeout=60, isolation_level=None)  # waits 60 s for others
-            self.db.execute("PRAGMA journal_mode = WAL")
+            for _ in range(600):  # a minute: SQLite does not wait here for others that open the file
+                with contextlib.suppress(sqlite3.OperationalError):
+                    self.db.execute("PRAGMA journal_mode = WAL")
+                    break
+                time.sleep(0.1)
             self.db.execute("PRAGMA synchronous = NORMAL")
+            self.db.execute("BEGIN IMMEDIATE")  # one process makes the table and takes over earlier answers
             self.db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT NOT NULL, "
                             "time INTEGER NOT NULL, model TEXT) WITHOUT ROWID")
-            self._take_over(path.with_suffix(".jsonl"))
+            imported = self._take_over(path.with_suffix(".jsonl"))
+            self.db.execute("COMMIT")
+        if imported:
+            imported.rename(f"{imported}.imported")
 
     @contextlib.contextmanager
     def _errors_told(self):
+        """Errors of the database become DataErrors."""
         try:
             yield
         except sqlite3.Error as error:
@@ -66,13 +73,13 @@ class Answers:
     def _take_over(self, earlier):
         """Read what earlier versions kept as JSON lines; of a line that a kill cut off nothing is used."""
         if not earlier.exists():
-            return
+            return None
         for line in earlier.read_bytes().splitlines():
             with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
                 record = json.loads(line)
                 self.store(str(record["key"]), storable(record["text"]))
-        earlier.rename(f"{earlier}.imported")
         say(f"{self.path}: took over the answers of {earlier}, now {earlier.name}.imported")
+        return earlier
 
 
 def storable(text):
@@ -92,30 +99,43 @@ class Pace:
     AT_FIRST = 16
 
     def __init__(self, most, timeout):
-        import anyio
-        self.slots = anyio.CapacityLimiter(min(self.AT_FIRST, most))
         self.most = most
         self.timeout = timeout
+        self.limit = min(self.AT_FIRST, most)
+        self.slots = asyncio.Semaphore(self.limit)
+        self.surplus = 0  # slots that vanish as soon as their calls end
         self.fastest = math.inf
-        self.ended = Counter()  # since the slots were halved: whether calls were late
+        self.grows = True
+        self.ended = Counter()  # since the limit was halved: whether calls were late
         self.counts_from = -math.inf  # calls made before this still waited behind those that were given up
+
+    async def __aenter__(self):
+        await self.slots.acquire()
+
+    async def __aexit__(self, *_):
+        if self.surplus:
+            self.surplus -= 1
+        else:
+            self.slots.release()
 
     def answered(self, started):
         seconds = time.monotonic() - started
         self.fastest = min(self.fastest, seconds)
         self.ended[False] += 1
         soon = seconds < max(self.timeout / 4, 2 * self.fastest)
-        if soon and self.slots.total_tokens < self.most:
-            self.slots.total_tokens += 1
+        if soon and self.grows and self.limit < self.most:
+            self.limit += 1
+            self.slots.release()
 
     def late(self, started):
-        """Whether this time-out halves the slots: one in ten calls is late, which is more than chance."""
+        """Whether this time-out halves the limit: one in ten calls is late, which is more than chance."""
         self.ended[True] += 1
         chance = 10 * self.ended[True] < self.ended.total()
-        if chance or self.slots.total_tokens == 1 or started < self.counts_from:
+        if chance or self.limit == 1 or started < self.counts_from:
             return False
-        self.slots.total_tokens //= 2
-        self.most = self.slots.total_tokens  # it grows no more
+        self.surplus += self.limit - self.limit // 2
+        self.limit //= 2
+        self.grows = False
         self.counts_from = time.monotonic() + self.timeout
         self.ended.clear()
         return True
@@ -144,6 +164,7 @@ class LLM:
                               r"token.?(count|limit)|content.?(filter|management|policy|exists.risk)|safety|"
                               r"inappropriate|moderation|flagged|sensitive|prohibited", re.I)
     ABOUT_PACE = re.compile("rate.?limit|quota|capacity", re.I)
+    TOO_FEW = re.compile(r"could not finish the message because max_tokens", re.I)
     PASSING = {408, 424, 425, 498, 499}  # TGI's failed generation, Groq's capacity, cancelled
     NO_SYSTEM = re.compile(r"system role|role.{0,30}system|'system'|roles must alternate", re.I)
     TO_TRY = {"cut off": """--llm-settings '{"max_tokens": 16000}' or '{"reasoning_effort": "low"}'""",
@@ -169,12 +190,14 @@ class LLM:
         self.useless = Counter()  # answers, by reason
         self.n_done = 0  # prompts that have their answer, or never will
         self.client = None
-        self.taken = set()  # the parameters of requests that were answered
-        self.refused = set()  # parameters, or "system message"
-        self.more_tokens = 0  # beyond those asked for, once they are too few
+        self.reached = set()  # the kinds of request that were answered
+        self.refused = {}  # parameters, in order
+        self.has_system = True  # whether the model takes system messages
+        set_by_user = {"max_tokens", "max_completion_tokens"} & self.settings.keys()
+        self.more_tokens = 0 if set_by_user else None  # beyond those asked for; None: not known yet
         self.repeats = None  # whether the server gives the same useless answer each time, once known
         self.stopped = None  # the error that ends the run
-        self.in_a_row = 0  # refusals since the last answer
+        self.n_answers = self.in_a_row = 0  # answers; refusals since the last of them
 
     async def __aenter__(self):
         if not self.instead:
@@ -195,13 +218,18 @@ class LLM:
         import openai
         given = self.base_url or os.environ.get("OPENAI_BASE_URL")
         url = given or "https://api.openai.com/v1"  # also where it is empty
-        self.secret = os.environ.get("OPENAI_API_KEY", "").strip() or ("local" if given else "")
+        self.secret = os.environ.get("OPENAI_API_KEY", "").strip() or ("local" if given else None)
         if not self.secret:
             raise DataError("no LLM endpoint: set OPENAI_API_KEY, or point --base-url or OPENAI_BASE_URL at "
                             "one (python offline_llm.py --exec COMMAND starts one without a model)")
         if not (self.secret.isascii() and self.secret.isprintable()):
             raise DataError("OPENAI_API_KEY holds what no key has, such as a line break; set it again")
-        if not re.fullmatch(r"(?i)https?://([\w.-]+|\[[\da-f:.]+\])(:\d+)?(/[!-~]*)?", url):
+        try:
+            where = httpx2.URL(url)
+            known = where.scheme in ("http", "https") and where.host and not where.userinfo
+        except httpx2.InvalidURL:
+            known = False
+        if not known:
             raise DataError(f"--base-url or OPENAI_BASE_URL is {url!r}; want http://HOST:PORT/v1")
         # aiohttp as the transport: twice the calls/s of the default one (bench/judge_throughput.py)
         http = openai.DefaultAioHttpClient(limits=httpx2.Limits(max_connections=self.concurrency))
@@ -289,12 +317,13 @@ class LLM:
         request = body
         for attempt in range(self.ATTEMPTS):
             text, reason = await self._attempt(request)
-            value = None if reason else parse(text)
-            if value is not None:
-                self.n_usable += 1
-                self.answers.store(key, text, self.answered_by)
-                return value, None
-            reason = reason or ("unparsable" if text.strip() else "empty")
+            if reason is None:
+                value = parse(text)
+                if value is not None:
+                    self.n_usable += 1
+                    self.answers.store(key, text, self.answered_by)
+                    return value, None
+                reason = "unparsable" if text.strip() else "empty"
             self._count_useless(reason, text)
             if reason.startswith("refused by the server"):
                 break
@@ -338,73 +367,76 @@ class LLM:
     async def _attempt(self, body):
         """(the text of one answer, None), or (what there is of it, why it is of no use).
 
-        The first call with a new parameter goes alone: what it teaches is learned once.
+        The first call of a kind goes alone: what it teaches is learned once.
         """
-        async with self.pace.slots:
-            async with self.first:
-                if not body.keys() <= self.taken:
-                    return await self._send(body)
+        kind = frozenset(body)
+        async with self.pace:
+            if kind not in self.reached:
+                async with self.first:
+                    if kind not in self.reached:
+                        return await self._send(body)
             return await self._send(body)
 
     async def _send(self, body):
         """The same for a request that has its turn, sent again after a while where the server has trouble."""
-        raised = True  # whether more tokens may be asked for
-        tries = 0
-        n_before = self.stats["asked"]
+        kind = frozenset(body)
+        more = None  # tokens beyond those asked for; None: as for all
+        tries, n_before = -1, self.n_answers
         while True:
+            tries += 1
             if self.stopped:  # what waited for its turn ends with the run
                 raise self.stopped
-            sent = self._adapted(body, raised)
+            sent = self._adapted(body, more)
             started = time.monotonic()
             answer, status, told, seconds = await self._call(sent)
             if status == 200:
                 self.pace.answered(started)
+                self.n_answers += 1
+                self.in_a_row = 0
                 self._note(answer)
                 text, reason = read_answer(answer)
-                too_few = reason == "cut off" and "max_tokens" in body.keys() - self.settings
-                if too_few and not self.more_tokens:
+                if reason == "cut off" and "max_tokens" in body and self.more_tokens is None:
                     self.more_tokens = self.MORE_TOKENS
                     say(f"{self.model}: {body['max_tokens']} tokens are too few for an answer; "
                         f"{self.MORE_TOKENS} more are allowed from now on")
-                if too_few and sent != self._adapted(body, raised):
+                if reason == "cut off" and sent != self._adapted(body, more):
                     continue
-                self.taken |= body.keys()
+                self.reached.add(kind)
                 return text, reason
             if status == 408:
-                halved = self.pace.late(started)
-                if halved or not self.stats["late"]:
-                    at_once = f", at most {self.pace.most} at once" if halved else ""
-                    say(f"{self.model}: {told}; such calls are made again{at_once}")
-                self.stats["late"] += 1
-                if self.taken:
+                self._note_late(started)
+                if self.reached:
                     return "", told  # it gives its slot back, and is asked again later
-            refused = status in (400, 413, 422)
-            if refused and raised and self.more_tokens and "max_tokens" in body:
-                raised = False  # they may be too many for the server, not the prompt too long
+            if status != 200 and self.has_system and self.NO_SYSTEM.search(told):
+                self.has_system = False
+                say(f"{self.model}: no system message is taken ({told}); it opens the user's from now on")
                 continue
-            about_prompt = self.ABOUT_PROMPT.search(told)
-            new = body.keys() - self.taken  # what the server has taken before is not what it refuses
-            if self._adapt(sent, told, refused and new and not about_prompt):
+            if status in (400, 413, 422) and more is None and self.more_tokens and "max_tokens" in body:
+                more = 0  # they may be too many for the server, not the prompt too long
                 continue
-            if refused or status == 403:
+            if status in (400, 413, 422):
+                about_prompt = self.ABOUT_PROMPT.search(told)
+                new = kind not in self.reached  # what the server has taken before is not what it refuses
+                if new and not about_prompt and self._adapt(sent, told):
+                    continue
+            if status in (400, 403, 413, 422):
                 self.in_a_row += 1
-                others = self.taken or self.stats["cached"]  # were answered, so it is the prompt
+                others = self.reached or self.stats["cached"]  # were answered, so it is the prompt
                 few = status != 403 or self.in_a_row < self.IN_A_ROW
-                if about_prompt or others and few:
+                if self.ABOUT_PROMPT.search(told) or others and few:
                     return "", f"refused by the server: {told}"
             if status < 500 and status not in (408, 409, 429):
                 raise self._stop(f"the server refuses ({told}); check --llm, --base-url and OPENAI_API_KEY")
-            if status == 429 and self.stats["asked"] > n_before:  # the host sets the pace, others had a turn
+            if status == 429 and self.n_answers > n_before:  # the host sets the pace, others had their turn
                 tries = min(tries, 5)
-                n_before = self.stats["asked"]
+                n_before = self.n_answers
                 self.pace.late(started)
             seconds = seconds or min(8, 0.5 * 2 ** tries) * random.uniform(0.75, 1)
-            if seconds > 120 or tries == (self.RETRIES if self.taken else self.RETRIES_AT_FIRST):
-                if self.stats["asked"] > n_before:
+            if seconds > 120 or tries == (self.RETRIES if self.reached else self.RETRIES_AT_FIRST):
+                if self.n_answers > n_before:
                     return "", f"refused by the server: {told}"  # others are answered: it is the prompt
                 raise self._stop(f"the server keeps failing ({told}); start again to go on")
             await asyncio.sleep(seconds)
-            tries += 1
 
     async def _call(self, body):
         """(answer, HTTP status, the server's words, seconds that it asks to wait) of one call."""
@@ -416,7 +448,7 @@ class LLM:
             answer = await self.client.post("/chat/completions", cast_to=object, body=body)
         except openai.APIStatusError as error:
             told = self._told(error.status_code, error.body or error)
-            if "could not finish the message because max_tokens" in told.lower():  # OpenAI's that think
+            if self.TOO_FEW.search(told):  # OpenAI's thinking models say so
                 return {"choices": [{"message": {}, "finish_reason": "length"}]}, 200, "", 0
             status = 503 if error.status_code in self.PASSING else error.status_code
             return None, status, told, retry_after(error.response.headers)
@@ -438,45 +470,48 @@ class LLM:
 
     def _note(self, answer):
         """Count an answer and its tokens; who gave it."""
-        self.in_a_row = 0
         if not isinstance(answer, dict):
             return
         self.stats["asked"] += 1
-        usage = answer.get("usage") or {}
+        usage = answer.get("usage")
         for kind in ("prompt_tokens", "completion_tokens"):
-            self.stats[kind] += usage.get(kind) or 0
+            n = usage.get(kind) if isinstance(usage, dict) else None
+            self.stats[kind] += n if isinstance(n, int) else 0
         name = answer.get("model")
-        self.answered_by = self.served or (name if name != self.model else None)
+        self.answered_by = self.served or (name if isinstance(name, str) and name != self.model else None)
         self._use(self.answered_by)
 
-    def _adapted(self, body, raised):
+    def _note_late(self, started):
+        halved = self.pace.late(started)
+        if halved or not self.stats["late"]:
+            say(f"{self.model}: no answer in {self.timeout:g} s; such calls are made again"
+                + (f", at most {self.pace.limit} at once" if halved else ""))
+        self.stats["late"] += 1
+
+    def _adapted(self, body, more=None):
         """A request as this server takes it."""
         body = dict(body)
-        if raised and "max_tokens" in body.keys() - self.settings:
-            body["max_tokens"] += self.more_tokens
-        for name, instead in self.INSTEAD.items():
-            if name in self.refused and name in body:
-                value = body.pop(name)
-                if instead:
-                    body[instead] = value
-        if "system message" in self.refused:  # it opens the user's
+        more = self.more_tokens if more is None else more
+        if more and "max_tokens" in body:
+            body["max_tokens"] += more
+        for name in self.refused:
+            value = body.pop(name, None)
+            if value is not None and self.INSTEAD[name]:
+                body[self.INSTEAD[name]] = value
+        if not self.has_system:
             text = "\n\n".join(message["content"] for message in body["messages"])
             body["messages"] = [{"role": "user", "content": text}]
         return body
 
-    def _adapt(self, sent, told, about_parameter):
-        """Whether the server refuses system messages or a parameter: requests go without from now on."""
-        named = None
-        if self.NO_SYSTEM.search(told) and "system message" not in self.refused:
-            named = "system message"
-        elif about_parameter:
-            names = "|".join(self.INSTEAD.keys() & sent.keys())
-            found = re.search(rf"\b({names})\b", told)  # the first, others may be those that it takes
-            likeliest = "response_format" if "response_format" in sent.keys() - self.taken else None
-            named = found[1] if found else likeliest
-        if named:
-            self.refused.add(named)
-            instead = f"with {self.INSTEAD[named]}" if self.INSTEAD.get(named) else "without it"
+    def _adapt(self, sent, told):
+        """Whether the server refuses a parameter: requests go without it from now on."""
+        places = {name: re.search(rf"\b{name}\b", told) for name in self.INSTEAD if name in sent}
+        named = min(filter(places.get, places), key=lambda name: places[name].start(), default="")
+        if not named and "response_format" in sent.keys() - set().union(*self.reached):
+            named = "response_format"  # the likeliest
+        if named:  # the first, others may be those that it takes
+            self.refused[named] = True
+            instead = f"with {self.INSTEAD[named]}" if self.INSTEAD[named] else "without it"
             say(f"{self.model}: the server takes no {named} ({told}); asking {instead} from now on")
         return bool(named)
 
@@ -485,7 +520,8 @@ class LLM:
         if isinstance(message, dict):
             detail = message.get("detail")
             if isinstance(detail, list):  # FastAPI's: without the request, which it repeats
-                detail = "; ".join(f"{found['loc']} {found['msg']}" for found in detail if "msg" in found)
+                detail = "; ".join(f"{found.get('loc')} {found.get('msg')}" if isinstance(found, dict)
+                                   else str(found) for found in detail)
             parts = [message.get("message") or detail or message, message.get("param")]
             message = " ".join(str(part) for part in parts if part)
         told = f"{status}: {' '.join(str(message).split())}"
@@ -525,12 +561,11 @@ def without_thoughts(text):
     return answer[:begins.start()] if begins else answer
 
 
-# Why an answer is of no use, and how servers call its end; all other words are a good end
-BAD_ENDS = {"cut off": ["length", "max_tokens", "model_length", "max_length", "max_output_tokens"],
-            "refused": ["content_filter", "safety", "recitation", "prohibited_content", "blocklist",
-                        "sensitive", "refusal"],
-            "broken": ["error", "abort", "aborted", "cancelled", "insufficient_system_resource",
-                       "network_error"]}
+# Why an answer ended, as servers call it; all other words are a good end
+CUT_OFF = {"length", "max_tokens", "model_length", "max_length", "max_output_tokens"}  # Mistral's; Gemini's
+REFUSED = {"content_filter", "safety", "recitation", "prohibited_content", "blocklist", "sensitive",
+           "refusal"}
+FAILED = {"error", "abort", "aborted", "cancelled", "insufficient_system_resource", "network_error"}
 
 
 def read_answer(answer):
@@ -545,10 +580,13 @@ def read_answer(answer):
         finish = str(choice.get("finish_reason") or "").lower().partition(":")[0]
     except (TypeError, LookupError, AttributeError):
         return storable(str(answer or ""))[:200], "broken"
-    if message.get("refusal"):
-        return storable(str(message["refusal"])), "refused"
-    reason = next((reason for reason, ends in BAD_ENDS.items() if finish in ends), None)
-    return text if reason else without_thoughts(text), reason
+    if message.get("refusal") or finish in REFUSED:
+        return storable(str(message.get("refusal") or text)), "refused"
+    if finish in CUT_OFF:
+        return text, "cut off"
+    if finish in FAILED:
+        return text, "broken"
+    return without_thoughts(text), None
 
 
 async def in_order(items, work, window):
@@ -662,15 +700,14 @@ def parse_judgment(text, shown=()):
     if len(judgments) != 1:
         return None
     if text.strip("[] \n") != found[0][1]:
-        passages = "\n".join("".join(passage_text(passage).split()) for passage in shown)
-        if any("".join(source.split()) in passages for _, source in found):
+        passages = ["".join(passage_text(passage).split()) for passage in shown]
+        if any("".join(source.split()) in passage for _, source in found for passage in passages):
             return None
     judgment = dict(zip(SCORES, judgments.pop()))
-    for _, source in found:
-        text = text.replace(source, "")
-    drafts = ALSO.findall(text)  # beside what is no JSON
-    differ = any(judgment[name.lower()] != int(score) for name, score in drafts)
-    return None if differ or None in judgment.values() else judgment
+    rest = functools.reduce(lambda rest, one: rest.replace(one[1], ""), found, text)
+    if any(judgment[name.lower()] != int(score) for name, score in ALSO.findall(rest)):
+        return None  # a draft beside what is no JSON
+    return None if None in judgment.values() else judgment
 
 
 async def judge(llm, query, lang, candidate, reference=None, votes=1):
@@ -681,8 +718,9 @@ async def judge(llm, query, lang, candidate, reference=None, votes=1):
     """
     messages = judge_messages(query, lang, candidate, reference)
     shown = [{"text": query}, candidate] + ([reference] if reference else [])
-    several = [{"temperature": 0.7, "seed": seed} for seed in range(votes)]
-    draws = several if votes > 1 else [{"temperature": 0}]
+    draws = [{"temperature": 0}]
+    if votes > 1:
+        draws = [{"temperature": 0.7, "seed": seed} for seed in range(votes)]
     answers = [await llm.ask(messages, lambda text: parse_judgment(text, shown), WANTED,
                              response_format=JUDGMENT, max_tokens=64, **draw) for draw in draws]
     ballots = [answer | {"grade": min(answer.values())} for answer, _ in answers if answer]

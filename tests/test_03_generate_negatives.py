@@ -503,7 +503,7 @@ def test_questions_of_people_pass_and_garbage_does_not(lang, minimiracl):
     """mini-MIRACL: of en 2 of 66 questions are refused, whose positives are misjudged (the Death Star)."""
     stage = load_stage("03_generate_negatives")
     data, by_lang = minimiracl
-    records = by_lang[lang][:100]
+    records = by_lang[lang][:200]
     guard = guard_of(stage, data, records)
     questions, summaries = own_questions_and_summaries(stage, guard, records)
     passed, n = passing(stage, guard, records[:60], random.Random(lang))

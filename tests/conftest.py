@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two files run at a time
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -36,6 +38,14 @@ def run_stage(script, *args, env=None):
         capture_output=True,
         env=os.environ | (env or {}),
     )
+
+
+@pytest.fixture
+def on_amd(monkeypatch):
+    """Products as on an AMD processor, whatever this one is."""
+    import torch
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": "AMD EPYC", "avx512_bf16": True})
 
 
 def pytest_collection_modifyitems(items):

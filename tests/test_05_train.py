@@ -330,7 +330,7 @@ def test_two_processes_that_share_each_batch_train_as_one(one_process, two_proce
         assert ours.get("grad_norm", 0) == pytest.approx(theirs.get("grad_norm", 0), rel=1e-3)
 
 
-def test_a_cpu_trains_with_the_faster_products_and_dropout(made):
+def test_a_cpu_trains_with_the_faster_products_and_dropout(made, on_amd):
     with torch.profiler.profile() as profile:
         stage.main(arguments(made, "profiled", "--max-steps", 1, "--dev-share", 0, encoder="dropout"))
     calls = {event.key: event.count for event in profile.key_averages()}
@@ -339,7 +339,7 @@ def test_a_cpu_trains_with_the_faster_products_and_dropout(made):
     assert calls["aten::embedding_sparse_backward"] > 0
 
 
-def test_gradient_checkpointing_gives_the_same_weights_and_computes_twice(made):
+def test_gradient_checkpointing_gives_the_same_weights_and_computes_twice(made, on_amd):
     """With dropout, whose draws must come again, and with the CPU's own layers, which must come again too."""
     n_products = {}
     for out, *flags in (["kept"], ["recomputed", "--gradient-checkpointing"]):

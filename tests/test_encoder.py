@@ -736,7 +736,7 @@ def test_weights_are_cast_to_bf16_once_not_at_every_batch(tmp_path, monkeypatch)
     assert casts_of_weights(10**6) == casts_of_weights(100) > 0
 
 
-def test_products_and_dropout_of_a_cpu_are_the_faster_ones_with_the_same_values():
+def test_products_and_dropout_of_a_cpu_are_the_faster_ones_with_the_same_values(on_amd):
     """Forward and backward through two layers, one without a bias; and dropout, of any strides."""
     torch.manual_seed(1)
     layers = torch.nn.Sequential(torch.nn.Linear(24, 48), torch.nn.GELU(), torch.nn.Linear(48, 8, bias=False))
@@ -765,6 +765,24 @@ def test_products_and_dropout_of_a_cpu_are_the_faster_ones_with_the_same_values(
     with encoder.faster(True):
         assert torch.nn.functional.linear is not theirs
     assert torch.nn.functional.linear is theirs
+
+
+def test_an_intel_keeps_the_products_of_torch_which_are_its_faster_ones(monkeypatch):
+    theirs = torch.nn.functional.linear, torch.nn.functional.dropout
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": "Intel Xeon"})
+    with encoder.faster(True):
+        assert torch.nn.functional.linear is theirs[0] and torch.nn.functional.dropout is not theirs[1]
+
+
+@pytest.mark.parametrize("flag", ["avx512_bf16", "amx_bf16", "bf16"])
+def test_bf16_on_a_processor_that_has_none_is_told(flag, monkeypatch, tmp_path, capsys):
+    folder = random_bert(tmp_path / "bert", WORDS)
+    for has in (False, True):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, flag: has})  # noqa: B023
+        for dtype in ("fp32", "bf16"):
+            Encoder(folder, "cpu", dtype=dtype).model  # noqa: B018
+            said = "this cpu has no bf16 of its own, --dtype fp32 is several times faster"
+            assert (said in capsys.readouterr().err) == (dtype == "bf16" and not has)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9])
@@ -874,7 +892,7 @@ def test_no_more_is_read_than_there_are_positions(tmp_path):
     assert np.isfinite(ours.encode(["w1 " * 300], "passage")).all()
 
 
-def test_the_faster_layers_output_may_be_changed_in_place():
+def test_the_faster_layers_output_may_be_changed_in_place(on_amd):
     layer, x = torch.nn.Linear(4, 4), torch.randn(2, 3, 4)
     wanted = torch.autograd.grad((layer(x) + 1).square().sum(), layer.weight)
     with encoder.faster(True):

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from common import (LISTS, DataError, Output, Parser, atomic_folder, check_passage, check_query, check_text,
                     corpus_files, decode, dump, normalise, parse_line, positive_int, progress, read_lines,
-                    read_qrels, run, say, text_key)
+                    read_json, read_qrels, run, say, text_key)
 
 SAMPLE = Path(__file__).resolve().parent / "sample" / "data"
 PARTS = ("corpus", "qrels", "train.jsonl", "dev.jsonl")  # of OUT; other files in it are left alone
@@ -435,11 +435,12 @@ def main(argv=None):
     inputs, parts = SOURCES[args.source](args, root, counts)
     output = Output(args, inputs, parts=[*PARTS, *(f"{part}/**/*" for part in PARTS)])
     output.meta["arguments"]["files"] = [path.name for path in inputs]  # their names tell the language
+    out = output.path
+    earlier = read_json(output.meta_path).get("arguments", {}).get("source", args.source)
+    if out.is_dir() and earlier != args.source and not args.overwrite:
+        raise DataError(f"{out} was made from --source {earlier}; pass --overwrite, or another --out")
     if output.is_done():
         return
-    out = output.path
-    if out.is_file():
-        raise DataError(f"{out} is a file; choose another --out")
     with atomic_folder(out) as folder:
         with ExitStack() as files:
             collection = Collection(folder, args, counts, files)
@@ -452,7 +453,8 @@ def main(argv=None):
             raise DataError(f"{root}: no query has a positive (relevance {args.min_relevance}) there; "
                             "take files that belong together, or another --min-relevance")
         if out.is_dir():  # what others put there stays
-            shutil.copytree(out, folder, ignore=shutil.ignore_patterns(*PARTS), dirs_exist_ok=True)
+            shutil.copytree(out, folder, symlinks=True, dirs_exist_ok=True,
+                            ignore=lambda top, _: PARTS if Path(top) == out else ())
         output.finish(folder, passages=total["passages"], train_queries=total["train"],
                       dev_queries=total["dev"], languages=counts)
 

@@ -227,21 +227,23 @@ def main(argv=None):
     lines = {}
     table = {}
     n_fewer = 0
+    is_first = world()[0] == 0  # of torchrun's processes
     for lang, of_lang in sorted(by_lang.items()):
         n, left_out = Counter(), Counter()
-        lines[lang] = tempfile.TemporaryFile("w+", encoding="utf-8")
+        lines[lang] = tempfile.TemporaryFile("w+", encoding="utf-8", dir=output.path.parent)
         for record, ranks, candidates, others in mine(ensemble, lang, of_lang, args.depth + skip, args):
             passages = candidates[skip:]
-            lines[lang].write(dump(with_passages(record, passages, args.strategy)))
+            if is_first:
+                lines[lang].write(dump(with_passages(record, passages, args.strategy)))
             n.update(counted(record, ranks, passages, args.depth))
             left_out.update(others)
             n_fewer += len(passages) < args.depth
         lines[lang].seek(0)
         n_repeated = len(of_lang) - len(answers(of_lang))
         table[lang] = summarise(n, ensemble.names, n_repeated, args.depth) | left_out
-        if world()[0] == 0:
+        if is_first:
             say(f"{lang}: " + ", ".join(f"{key} {value}" for key, value in table[lang].items()))
-    if world()[0] == 0:
+    if is_first:
         asked = {lang: [record["query"] for record in of_lang] for lang, of_lang in by_lang.items()}
         encodings = ensemble.encodings(asked)
         for encoder in ensemble.encoders.values():

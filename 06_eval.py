@@ -50,6 +50,7 @@ def build_parser():
 
 def check_flags(args):
     """DataError where flags do not fit together; fills in those that hang on others."""
+    args.baseline = list(dict.fromkeys(args.baseline))
     for baseline in args.baseline:
         if baseline not in args.models:
             raise DataError(f"--baseline {baseline} is not among --models; add it there")
@@ -86,6 +87,9 @@ def read_questions(args, queries_path, qrels_paths):
     for record in read_queries(queries_path, args.lang, args.limit):
         queries[record["lang"]][record["query_id"]] = record["query"]
     qrels = {}
+    for path in sorted(qrels_paths.glob("*.tsv")):
+        if not (args.lang or path.stem in queries):
+            say(f"{path}: no query of {queries_path} is in {path.stem}; left out")
     for lang in sorted(queries):
         path = qrels_paths / f"{lang}.tsv"
         judged = read_qrels(path)
@@ -152,7 +156,7 @@ def make_runs(model, name, args, queries, qrels, inputs, digests):
     tokenizer = args.bm25_tokenizer if model == "bm25" else None
     reading = flags_given(args, args.models)
     own = {"overwrite": args.overwrite, "limit": args.limit, "depth": args.depth, **reading,
-           "model": name, "bm25_terms": tokenizer and short_name(tokenizer)}
+           "min_relevance": args.min_relevance, "model": name, "bm25_terms": tokenizer and short_name(tokenizer)}
     models = model_digests([model, tokenizer])
     ensemble = None
     metas = []

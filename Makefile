@@ -34,13 +34,14 @@ LANGS ?=
 empty :=
 space := $(empty) $(empty)
 # the root's last folder, as a name: blanks in DATA_ROOT are fine, a target of make cannot have any
-NAME := $(if $(DATA_ROOT),$(basename $(notdir $(abspath $(subst $(space),_,$(strip $(DATA_ROOT)))))),$(DATA_SOURCE))
+PLAIN = $(patsubst %.json,%,$(patsubst %.jsonl,%,$(patsubst %.gz,%,$1)))
+NAME := $(if $(DATA_ROOT),$(call PLAIN,$(notdir $(abspath $(subst $(space),_,$(strip $(DATA_ROOT)))))),$(DATA_SOURCE))
 $(if $(NAME),,$(error DATA_ROOT=$(DATA_ROOT) has no name; set DATA and RUN, or another DATA_ROOT))
 DATA ?= data/$(NAME)
-# ^ the prepared collection
+# ^ the prepared collection; one that is there, of no DATA_SOURCE that you name, is used as it is
 RUN ?= runs/$(NAME)
 # ^ what the stages make
-ENCODER ?= models/$(NAME)
+ENCODER ?= $(BUILT)
 # ^ encoder to start from; the default is a small one, built on the spot from the collection itself
 RETRIEVERS ?= bm25 $(ENCODER)
 # ^ the ensemble of stage 01
@@ -54,7 +55,7 @@ N ?= 30
 # ^ negatives per query
 TOPICS ?= 12
 # ^ clusters
-KIND ?= $(if $(SMALL),small,$(if $(filter %bge-m3 %multilingual-e5-large,$(ENCODER)),paper,pretrained))
+KIND ?= $(if $(SMALL),small,$(if $(filter %bge-m3 %multilingual-e5-large,$(ENCODER:%/=%)),paper,pretrained))
 # ^ of settings of the training: small, made on the spot; paper, of its encoders (Sec. 4.1); pretrained, any other (results/real-encoder-curve.json)
 EPOCHS ?= $(EPOCHS_$(KIND))
 # ^ passes over the training queries
@@ -90,16 +91,18 @@ PLAN ?=
 # ^ make miracl: more flags of bench/plan.py, as in PLAN="--utilisation 0.4"
 
 $(if $(word 2,$(DATA_ROOT)),$(info DATA_ROOT has a blank: what is made of it is called $(NAME)))
-SMALL := $(filter models/$(NAME),$(ENCODER))
+BUILT := models/$(notdir $(abspath $(DATA)))
+SMALL := $(if $(filter $(abspath $(BUILT)),$(abspath $(ENCODER))),$(BUILT))
+KEPT := $(and $(filter file,$(origin DATA_SOURCE)),$(if $(DATA_ROOT),,yes),$(wildcard $(DATA)/train.jsonl),$(if $(shell grep -l '"source": "sample"' $(DATA).meta.json 2>/dev/null),,yes))
 # the settings of KIND; chunks of tokens take 6 GB of memory where whole batches take 17
 EPOCHS_small := 8
 EPOCHS_paper := 20
 EPOCHS_pretrained := 1
 TRAIN_small := --lr 1e-3 --temperature 0.05
 TRAIN_paper :=
-TRAIN_pretrained := --lr 2e-5 --negatives 3 --passage-max-len 128 --chunk-tokens 4096
-LESS := $(if $(filter 1 2 3 4 5 6,$(N)),--negatives $(N))
+TRAIN_pretrained := --lr 2e-5 --negatives $(if $(filter 1 2,$(N)),$(N),3) --passage-max-len 128 --chunk-tokens 4096
 TRAIN ?= $(TRAIN_$(KIND))
+LESS := $(if $(findstring --negatives,$(TRAIN)),,$(if $(filter 1 2 3 4 5 6,$(N)),--negatives $(N)))
 PYTHON ?= python3
 PY := .venv/bin/python
 READ := $(if $(DTYPE),--dtype $(DTYPE))
@@ -111,6 +114,8 @@ $(if $(shell test "$(GPUS)" -ge 1 2>/dev/null && echo yes),,$(error GPUS=$(GPUS)
 # what starts 01 and 05
 SPREAD := $(if $(filter 1,$(GPUS)),$(PY),.venv/bin/torchrun --nproc-per-node $(GPUS) --standalone)
 $(foreach path,DATA RUN CACHE,$(if $(word 2,$($(path))),$(error $(path)="$($(path))" has a blank, which make takes for two files: choose another path)))
+$(foreach path,DATA RUN CACHE,$(if $($(path)),,$(error $(path) is empty: name a folder)))
+$(if $(filter $(ENCODER),$(EVAL_MODELS)),,$(error EVAL_MODELS="$(EVAL_MODELS)" has not ENCODER=$(ENCODER), which the others are compared with: add it))
 SERVED := $(PY) $(if $(filter offline-stand-in,$(LLM)),offline_llm.py --exec $(PY))
 
 .PHONY: all miracl data encoder candidates filtered augmented topics model eval ablations judge-quality bench test soak sample clean help FORCE
@@ -139,10 +144,11 @@ miracl:
 	touch $@
 
 $(DATA)/train.jsonl: .venv/installed FORCE
-	$(PY) 00_prepare_data.py --source $(DATA_SOURCE) $(if $(DATA_ROOT),--root "$(DATA_ROOT)") --out $(DATA) $(COMMON)
+	$(if $(KEPT),@echo "$(DATA) is used as it is",$(PY) 00_prepare_data.py --source $(DATA_SOURCE) $(if $(DATA_ROOT),--root "$(DATA_ROOT)") --out $(DATA) $(COMMON))
 
-models/$(NAME): $(DATA)/train.jsonl FORCE
-	$(PY) sample/make_encoder.py --data $(DATA) --out $@ $(COMMON)
+# The same for every SEED, as a model from the hub is: runs that differ in SEED may go side by side.
+$(BUILT): $(DATA)/train.jsonl FORCE
+	$(PY) sample/make_encoder.py --data $(DATA) --out $@ $(if $(LANGS),--lang $(LANGS))
 
 $(RUN)/candidates.jsonl: $(DATA)/train.jsonl $(SMALL) FORCE
 	$(SPREAD) 01_mine_candidates.py --data $(DATA) --retrievers $(RETRIEVERS) --fusion $(FUSION) --depth $(DEPTH) --cache $(CACHE) --out $@ $(COMMON) $(READ)
@@ -191,7 +197,7 @@ sample: .venv/installed
 	$(PY) sample/make_sample.py
 
 clean:
-	rm -rf $(DATA) $(RUN) $(SMALL)
+	rm -rf $(if $(KEPT),,$(DATA) $(DATA).meta.json) $(RUN) $(SMALL) $(addsuffix .meta.json,$(SMALL))
 
 help:
 	@sed -n '/^# make /,/^$$/s/^# //p' Makefile

@@ -81,7 +81,8 @@ def run(main):
         say(f"{told}; mend that (a full disk?): the same command goes on with what there is")
         sys.exit(2)
     except KeyboardInterrupt:
-        say("stopped; the same command goes on with what there is")
+        again = "the same command" + " without --overwrite" * ("--overwrite" in sys.argv)
+        say(f"stopped; {again} goes on with what there is")
         sys.exit(status)
     finally:
         distributed = sys.modules.get("torch.distributed")
@@ -116,7 +117,10 @@ class Parser(argparse.ArgumentParser):
             "".join(sys.argv if args is None else args).encode()
         except UnicodeError as error:  # what could be written into no file
             self.error(f"an argument is not UTF-8 ({error}); rename what it names")
-        return super().parse_args(args, namespace)
+        found = super().parse_args(args, namespace)
+        if getattr(found, "lang", None):
+            found.lang = sorted(set(found.lang))
+        return found
 
     def error(self, message):
         say(f"{self.prog}: {' '.join(message.split())}; {self.prog} --help explains every flag")
@@ -478,8 +482,9 @@ def lock(path, wait=True):
         file.close()  # of one that has ended, and took its name away
     if beside(path, "old").exists() and not path.exists():  # killed between two renames
         beside(path, "old").rename(path)
+    ours = re.compile(rf"\.{re.escape(path.name)}(\.meta\.json|\.partial)?\.(\d+\.tmp|old)")
     for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        if left.suffix in (".tmp", ".old"):
+        if ours.fullmatch(left.name):  # not those of one that is called NAME.more
             remove(left)
     try:
         yield
@@ -496,11 +501,11 @@ def atomic(path):
     temporary = beside(path, f"{os.getpid()}.tmp")
     try:
         yield temporary
-        for part in [temporary, *temporary.rglob("*")]:
+        for part in [temporary, *(path for path in temporary.rglob("*") if not path.is_symlink())]:
             descriptor = os.open(part, os.O_RDONLY)
             os.fsync(descriptor)  # else a power cut may leave the name without the content
             os.close(descriptor)
-        if path.is_dir() and temporary.is_dir():
+        if path.exists() and temporary.is_dir():
             path.rename(beside(path, "old"))
         temporary.rename(path)
     finally:
@@ -546,7 +551,7 @@ class Output:
     # where things lie and how fast they are made does not change what is made
     NEUTRAL = {"out", "overwrite", "cache", "device", "concurrency", "base_url", "save_every", "input",
                "data", "root", "queries", "timeout", "max_unjudged", "price_in", "price_out", "dry_run",
-               "tokenizer", "batch_export", "batch_import", "cascade_base_url", "judge_base_url"}
+               "tokenizer", "answer_tokens", "log_batches", "batch_export", "batch_import", "cascade_base_url", "judge_base_url"}
 
     def __init__(self, args, inputs, models=(), out=None, parts=()):
         path = Path(out or args.out)
@@ -561,10 +566,17 @@ class Output:
             held = contextlib.ExitStack()
             held.enter_context(lock(self.path, wait=rank is None))
             weakref.finalize(self, held.close)  # once the stage has ended, however
+        place = self.path.resolve()
         for path in inputs:
             open_text(path).close()  # DataError where it is missing, with the stage that makes it
-            if self.path.resolve() in Path(path).resolve().parents:
+            if place in (Path(path).resolve(), *Path(path).resolve().parents):
                 raise DataError(f"{self.path} is where the input lies ({path}); choose another --out")
+        for name in ("encoder", "retrievers", "models"):
+            given = getattr(args, name, None) or []
+            for model in [given] if isinstance(given, str) else given:
+                if Path(model).is_dir() and Path(model).resolve() in (place, *place.parents):
+                    raise DataError(f"{self.path} lies in the model {model}, which would be another one "
+                                    "then; choose another --out")
         self.meta = {"script": Path(sys.argv[0]).name,
                      "arguments": {k: v for k, v in vars(args).items() if k not in self.NEUTRAL},
                      "inputs": [{"path": str(p), "digest": digest_file(p)} for p in inputs],
@@ -573,7 +585,8 @@ class Output:
     def key(self, meta):
         """What must be equal for a finished output to be this one."""
         digests = re.findall('"digest": "([^"]*)"', json.dumps(meta.get("inputs")))
-        return json.dumps([meta.get("arguments"), digests, meta.get("models")], default=str, sort_keys=True)
+        arguments = {k: v for k, v in meta.get("arguments", {}).items() if k != "encoder"}  # its digest tells
+        return json.dumps([arguments, digests, meta.get("models")], default=str, sort_keys=True)
 
     def digests(self, folder):
         """{name: digest} of the stage's files in a folder; a model's card may be edited."""
@@ -585,12 +598,16 @@ class Output:
         """Whether the output is already there; DataError where it, or something in it, is somebody else's."""
         if not self.path.exists() or self.overwrite and self.path.is_file():
             return False
-        if not self.meta_path.exists() and not self.overwrite and (self.path.is_file() or self.parts):
+        is_folder = self.path.is_dir()
+        if not (self.path.is_file() or is_folder):
+            raise DataError(f"{self.path} is neither a file nor a folder; choose another --out")
+        meta = read_json(self.meta_path)
+        found = self.digests(self.path) if is_folder else {"": digest_file(self.path)}
+        made = meta.get("files", {}) if is_folder else {"": meta.get("digest")}
+        told_below = is_folder and not self.parts and not meta  # file by file
+        if found and meta.get("script") != self.meta["script"] and not (self.overwrite or told_below):
             raise DataError(f"{self.path} exists and was not made by this script; pass --overwrite, "
                             "or another --out")
-        meta = read_json(self.meta_path)
-        found = self.digests(self.path) if self.path.is_dir() else {"": digest_file(self.path)}
-        made = meta.get("files", {}) if self.path.is_dir() else {"": meta.get("digest")}
         untouched = made.items() <= found.items()
         if untouched and self.key(meta) == self.key(self.meta) and not self.overwrite:
             os.utime(self.path)  # newer than its inputs, for make

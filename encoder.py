@@ -54,7 +54,9 @@ def encoder_flags(parser):
 
 def flags_given(args, models):
     """The arguments of Encoder that are flags; DataError where --settings names none of the models."""
+    models = [model for model in models if model != "bm25"]
     names = list(map(short_name, models))
+    read_settings(args.settings, names)
     for of in {setting.partition("=")[0].rpartition(":")[0] for setting in args.settings} - {""}:
         if of not in [*models, *names]:
             raise DataError(f"--settings: {of!r} is not a model here; want one of {' '.join(names)}")
@@ -514,7 +516,9 @@ class Encoder:
                 width = self.model.get_embedding_dimension()
                 save_rows(partial, np.full((len(texts), width), np.nan, np.float16))
             before = self.n_cut[kind]
-            self.fill(load_rows(partial, len(texts), "r+"), texts, kind, bar)
+            vectors = load_rows(partial, len(texts), "r+")
+            self.fill(vectors, texts, kind, bar)
+            vectors.flush()  # else a power cut may leave the name without the content
             path.with_suffix(".cut").write_text(str(self.n_cut[kind] - before))
             partial.replace(path)
 

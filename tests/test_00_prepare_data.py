@@ -997,6 +997,42 @@ def test_a_finished_output_is_kept_and_a_changed_one_made_again(tmp_path):
     assert "changed, making it again" in prepare("miracl", root, out, "--limit", 1)
 
 
+def test_what_others_put_into_the_folder_stays_at_every_depth(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()  # empty, as a volume that was mounted is
+    prepare("miracl", miracl(tmp_path / "in"), out)
+    write(out / "notes/corpus/x.txt", "x")
+    write(out / "notes/train.jsonl", "mine")
+    (out / "link").symlink_to(tmp_path / "nowhere")
+    (out / "folder").symlink_to(tmp_path / "in")
+    prepare("miracl", tmp_path / "in", out, "--limit", 1)
+    assert tree(out / "notes") == {"corpus/x.txt": b"x", "train.jsonl": b"mine"}
+    assert (out / "link").is_symlink() and (out / "folder").is_symlink()
+
+
+def test_a_collection_of_another_source_is_not_replaced(tmp_path):
+    """As `make all DATA=FOLDER` would, whose default source is the sample."""
+    out = tmp_path / "out"
+    prepare("miracl", miracl(tmp_path / "in"), out)
+    before = tree(out)
+    done = run_stage(SCRIPT, "--source", "sample", "--lang", "sw", "--out", out)
+    assert done.returncode == 2 and "out was made from --source miracl; pass --overwrite" in done.stderr
+    assert tree(out) == before
+
+
+def test_the_temporary_files_of_a_longer_name_are_not_taken_for_leavings(tmp_path):
+    for name in (".out.v2.123.tmp", ".out.v2.old", ".out.123.tmp", ".out.meta.json.123.tmp"):
+        write(tmp_path / name / "train.jsonl", "x")
+    prepare("miracl", miracl(tmp_path / "in"), tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.glob(".*")) == [".out.v2.123.tmp", ".out.v2.old"]
+
+
+def test_languages_are_a_set(tmp_path):
+    root, out = miracl(tmp_path / "in", ["ko", "th"]), tmp_path / "out"
+    prepare("miracl", root, out, "--lang", "th", "ko")
+    assert "up to date" in prepare("miracl", root, out, "--lang", "ko", "th", "ko")
+
+
 def test_a_bad_input_leaves_a_finished_output_alone(tmp_path):
     root, out = miracl(tmp_path / "in"), tmp_path / "out"
     prepare("miracl", root, out)
@@ -1023,7 +1059,7 @@ def test_a_killed_run_can_be_started_again(tmp_path, where, nth):
     prepare("miracl", root, tmp_path / "whole")
     holder, name = where.rsplit(".", 1)
     code = (
-        "import os, sys; from pathlib import Path\n"
+        f"import os, sys; from pathlib import Path; sys.argv[0] = {SCRIPT!r}\n"
         f"sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
         "from conftest import load_stage\n"
         "stage = load_stage('00_prepare_data'); calls = []\n"

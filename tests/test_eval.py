@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections import defaultdict
 from pathlib import Path
@@ -438,6 +439,37 @@ def test_bad_input_is_told_in_one_line(made, stage, tmp_path):
         evaluate(stage, bad, tmp_path, "bm25", "--bm25-tokenizer", made / "a")
 
 
+def test_an_output_in_a_model_would_change_the_model(made, stage):
+    from common import DataError
+
+    with pytest.raises(DataError, match="a/eval/metrics.json lies in the model .*/a, which would be another"):
+        evaluate(stage, made, made / "a/eval", made / "a")
+
+
+def test_settings_are_read_also_where_no_model_could_have_any(made, stage, tmp_path):
+    from common import DataError
+
+    for setting in ("nonsense", "bm25:pooling=cls"):
+        with pytest.raises(DataError, match="--settings: "):
+            evaluate(stage, made, tmp_path, "bm25", "--settings", setting)
+
+
+def test_a_baseline_named_twice_is_one(made, stage, tmp_path):
+    twice = ["--baseline", made / "a", made / "a"]
+    found = evaluate(stage, made, tmp_path, "bm25", made / "a", made / "b", *twice)
+    assert found == json.loads((made / "eval/metrics.json").read_text("utf-8"))
+
+
+def test_a_language_with_judgments_and_no_question_is_told(made, stage, tmp_path, capsys):
+    shutil.copytree(made / "data", tmp_path / "data")
+    path = tmp_path / "data/dev.jsonl"
+    write(path, [record for record in map(json.loads, path.open("rb")) if record["lang"] == "sw"])
+    assert "th" not in evaluate(stage, tmp_path, tmp_path, made / "a")["models"]["a"]
+    assert re.search(r"th.tsv: no query of \S+dev.jsonl is in th; left out\n", capsys.readouterr().err)
+    evaluate(stage, tmp_path, tmp_path / "sw", made / "a", "--lang", "sw")
+    assert "th.tsv" not in capsys.readouterr().err
+
+
 def test_relevant_passages_that_the_corpus_has_not_are_told(made, stage, tmp_path, capsys):
     shutil.copytree(made / "data", tmp_path / "data")
     path = tmp_path / "data/qrels/dev/th.tsv"
@@ -460,7 +492,13 @@ def test_recall_counts_from_the_relevance_asked_for(made, stage, tmp_path, capsy
     write(tmp_path / "data.meta.json", [{"arguments": {"min_relevance": 2}}])
     one = evaluate(stage, tmp_path, tmp_path, made / "a")["models"]
     assert "--min-relevance 1 here, 2 when" in capsys.readouterr().err
-    two = evaluate(stage, tmp_path, tmp_path, made / "a", "--min-relevance", "2")["models"]
+    with open(tmp_path / "data/qrels/dev/th.tsv", "a") as file:
+        file.write("0\t0\tgone\t1\n")
+    three = evaluate(stage, tmp_path, tmp_path, made / "a", "--min-relevance", "1")["settings"]
+    capsys.readouterr()
+    two = evaluate(stage, tmp_path, tmp_path, made / "a", "--min-relevance", "2")
+    assert (three["not_in_corpus"]["th"], two["settings"]["not_in_corpus"]["th"]) == (1, 0)
+    two = two["models"]
     said = capsys.readouterr()
     assert "when" not in said.err and "relevant is what is judged 2 or higher" in said.out
     assert one["a"]["avg"]["recall@100"] != two["a"]["avg"]["recall@100"]

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -500,6 +501,40 @@ def dry(folder, *words):
 def test_settings_of_the_training_go_by_the_kind_of_encoder(copy, words, wanted):
     command = " ".join(dry(copy, *words)["05_train.py"][1].split())
     assert all(flags in command for flags in wanted.split(" | ")), command
+
+
+def test_a_path_may_end_in_a_slash_and_n_bounds_the_negatives_that_train_does_not(copy):
+    small = dry(copy)["05_train.py"][1]
+    for encoder in ("models/sample/", "./models/sample", str(copy / "models/sample")):
+        assert dry(copy, f"ENCODER={encoder}")["05_train.py"][1].replace(encoder, "models/sample") == small
+    assert " --epochs 20 " in dry(copy, "ENCODER=/m/bge-m3/")["05_train.py"][1]
+    for words, flag in ((["N=5"], "--negatives 5"), (["N=5", "TRAIN=--negatives 2"], "--negatives 2"),
+                        (["N=2", "ENCODER=/m/other"], "--negatives 2"),
+                        (["N=6", "ENCODER=/m/other"], "--negatives 3")):
+        assert re.findall("--negatives [0-9]", dry(copy, *words)["05_train.py"][1]) == [flag]
+
+
+def test_a_collection_that_is_there_is_used_as_it_is(copy):
+    """Unless its source is named, or is the sample; and `make clean` leaves it."""
+    (copy / "data/mine").mkdir(parents=True)
+    (copy / "data/mine/train.jsonl").touch()
+    kept = "DATA=data/mine", "RUN=runs/mine"
+    assert "00_prepare_data.py" not in dry(copy, *kept)
+    assert "00_prepare_data.py" in dry(copy, *kept, "DATA_SOURCE=beir")
+    clean = subprocess.run(["make", "-n", "clean", *kept], cwd=copy, env=OUTSIDE, capture_output=True, text=True)
+    assert "runs/mine" in clean.stdout and "data/mine" not in clean.stdout
+    (copy / "data/mine.meta.json").write_text('{"arguments": {\n "source": "sample"}}')
+    assert "00_prepare_data.py" in dry(copy, *kept)
+    assert " --out models/mine" in subprocess.run(
+        ["make", "-n", "encoder", *kept, "SEED=14"], cwd=copy, env=OUTSIDE, capture_output=True, text=True
+    ).stdout.replace(" --seed 14", " seed")
+
+
+@pytest.mark.parametrize("words, told", [
+    (["RUN="], "RUN is empty"), (["EVAL_MODELS=bm25 runs/sample/model"], "has not ENCODER=BAAI/bge-m3")])
+def test_what_would_fail_at_the_end_fails_at_once(copy, words, told):
+    done = make(copy, *words)
+    assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_judge_quality_trains_with_the_same_settings():

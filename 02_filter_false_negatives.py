@@ -128,10 +128,12 @@ async def filter_record(llms, record, args):
 def clients(args, instead=None):
     """[the judge], and behind it the small judge of a cascade."""
     llms = [from_flags(args, instead)]
+    if args.cascade_base_url and not args.cascade_llm:
+        raise DataError("--cascade-base-url is nobody's without --cascade-llm; give both, or neither")
     if args.cascade_llm:
-        if args.cascade_llm == args.llm and not (args.llm_settings or args.llm_version):
+        if args.cascade_llm == args.llm and not args.llm_settings:
             raise DataError(f"--cascade-llm {args.llm} has the name of --llm, and would answer for it; tell "
-                            "them apart with --llm-version or --llm-settings")
+                            "them apart with --llm-settings")
         url = args.cascade_base_url or args.base_url
         llms.append(LLM(args.cascade_llm, args.cache, url, args.concurrency, args.timeout, instead))
     return llms
@@ -200,8 +202,9 @@ def report(args, table, reasons, llms):
     if args.cascade_llm:
         say(f"cascade: {args.cascade_llm} settled {total['small: settled']} of {total['small: asked']}")
     if total["unjudged"] > args.max_unjudged * total["judged"]:
+        again = "export the rest with --batch-export" if args.batch_import else "run again"
         raise DataError(f"{args.input}: {total['unjudged']} of {total['judged']} candidates got no usable "
-                        f"answer (most: {reasons.most_common(1)[0][0]}); run again, or raise --max-unjudged")
+                        f"answer (most: {reasons.most_common(1)[0][0]}); {again}, or raise --max-unjudged")
     if not total["kept"]:
         milder = "try --drop-at 2, or " if total["grade 1"] else ""  # which keeps these
         raise DataError(f"{args.input}: 0 of {total['candidates']} candidates kept at --drop-at "
@@ -347,7 +350,11 @@ def main(argv=None):
     llms = clients(args)
     if args.batch_import:
         errors = import_results(args, llms)
-        llms = clients(args, lambda llm, key, body: errors.get(key, "not in the batch results"))
+
+        def missing(llm, key, body):
+            unusable = "batch: unparsable" if llm.answers.get(key) else "not in the batch results"
+            return errors.get(key, unusable)
+        llms = clients(args, missing)
     table = defaultdict(Counter)
     reasons = Counter()
 

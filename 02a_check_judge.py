@@ -115,7 +115,8 @@ def calibrate(args):
     if args.out:
         write_new(args, args.out, lambda file: file.writelines(map(dump, results)))
     grades = Counter(pair["grade"] for pair in results if "grade" in pair)
-    if len(grades) == 1 and grades.total() > 1:
+    kinds = {pair["relevant"] for pair in results if "grade" in pair}
+    if len(grades) == 1 and len(kinds) == 2:
         say(f"{args.llm}: all {grades.total()} verdicts are alike (grade {max(grades)}): it does not judge")
     say(f"{llm.summary()}\ncalibrate: {len(results)} pairs at --drop-at {args.drop_at}, {dict(llm.stats)}")
 
@@ -139,10 +140,12 @@ def cell(value):
 
 def sample(args):
     pools = defaultdict(lambda: ([], []))  # lang -> kept, removed: [(record, passage)]
-    parts = ("negative_passages", "false_negatives")
-    for record in read_queries(args.input, args.lang, args.limit, need=parts):
-        for pool, part in zip(pools[record["lang"]], parts):
-            pool += [(record, passage) for passage in record[part] if passage.get("source") != "human"]
+    need = "negative_passages", "false_negatives"
+    for record in read_queries(args.input, args.lang, args.limit, need=need):
+        relabelled = [p for p in record["positive_passages"] if p.get("source") == "relabelled"]
+        parts = record["negative_passages"], record["false_negatives"] + relabelled
+        for pool, passages in zip(pools[record["lang"]], parts):
+            pool += [(record, p) for p in passages if p.get("source") != "human"]
     sheet = [["item", "lang", "question", "known answer", "title", "passage", "relevant"]]
     key = [["item", "lang", "query_id", "docid", "removed", "grade"]]
     for lang, (kept, removed) in sorted(pools.items()):
@@ -159,6 +162,7 @@ def sample(args):
             key.append([item, lang, *map(cell, told)])
     if len(sheet) == 1:
         raise DataError(f"{args.input}: no judge removed or kept anything; run 02_filter_false_negatives.py")
+    check_new(args, args.out + ".key.csv")
     write_new(args, args.out, lambda file: csv.writer(file).writerows(sheet))
     write_new(args, args.out + ".key.csv", lambda file: csv.writer(file).writerows(key))
     say(f"{args.out}: {len(sheet) - 1} rows; {args.out}.key.csv: the judge's answers, not for annotators")
@@ -169,16 +173,14 @@ def read_csv(path, columns):
     csv.field_size_limit(2**31 - 1)  # the longest passage
     try:
         with io.TextIOWrapper(open_text(path), "utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(file, restval="")  # Excel leaves out the commas of last, empty cells
             names = reader.fieldnames or ()
-            rows = [(reader.line_num, row) for row in reader]
+            rows = [(reader.line_num, row) for row in reader if any(map(row.get, columns))]
     except (UnicodeError, csv.Error, OSError, EOFError) as error:
         raise DataError(f"{path}: no CSV file in UTF-8 ({error}); save it as such") from None
     for column in columns:
-        for line, row in [(1, dict.fromkeys(names, "")), *rows]:
-            if row.get(column) is None:
-                raise DataError(f"{path}:{line}: column {column!r} is missing; keep the sheet's columns, "
-                                "with commas")
+        if column not in names:
+            raise DataError(f"{path}:1: column {column!r} is missing; keep the sheet's columns, with commas")
     return rows
 
 

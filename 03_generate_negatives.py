@@ -238,10 +238,11 @@ class Generation:
         self.lang, self.queries, self.args = lang, queries, args
         self.ensemble, self.generator, self.judge = ensemble, generator, judge
         self.n_passages = ensemble.n_passages(lang)
-        n_positives = max(len(query.record["positive_passages"]) for query in queries)
-        if self.n_passages < args.target + n_positives:
-            raise DataError(f"{args.data}/corpus/{lang}: {self.n_passages} passages, {n_positives} of them "
-                            f"positives, cannot give {args.target} negatives a query; lower --target")
+        n_relevant = max(len(query.record["positive_passages"] + query.record.get("false_negatives", []))
+                         for query in queries)
+        if self.n_passages < args.target + n_relevant:
+            raise DataError(f"{args.data}/corpus/{lang}: {self.n_passages} passages, {n_relevant} of them "
+                            f"relevant, cannot give {args.target} negatives a query; lower --target")
         self.guard = Guard(args.data, lang, [query.record["query"] for query in queries])
 
     async def bring_to_target(self):

@@ -163,7 +163,7 @@ class LLM:
     ABOUT_PROMPT = re.compile(r"context.?(length|size|window)|too.?(long|large|many)|exceed|`inputs`|"
                               r"token.?(count|limit)|content.?(filter|management|policy|exists.risk)|safety|"
                               r"inappropriate|moderation|flagged|sensitive|prohibited", re.I)
-    ABOUT_PACE = re.compile("rate.?limit|quota|capacity", re.I)
+    ABOUT_PACE = re.compile("rate.?limit|quota|capacity|key.?limit|credit|balance|billing", re.I)
     TOO_FEW = re.compile(r"could not finish the message because max_tokens", re.I)
     PASSING = {408, 424, 425, 498, 499}  # TGI's failed generation, Groq's capacity, cancelled
     NO_SYSTEM = re.compile(r"system role|role.{0,30}system|'system'|roles must alternate", re.I)
@@ -190,6 +190,7 @@ class LLM:
         self.useless = Counter()  # answers, by reason
         self.n_done = 0  # prompts that have their answer, or never will
         self.client = None
+        self.under_way = {}  # {key: future} of prompts: the same one waits for its answer
         self.reached = set()  # the kinds of request that were answered
         self.refused = {}  # parameters, in order
         self.has_system = True  # whether the model takes system messages
@@ -202,8 +203,9 @@ class LLM:
     async def __aenter__(self):
         if not self.instead:
             self._connect()
+        self.answers = Answers(self.path)  # before the first call: it may be of no use
+        if self.client:
             self.served = self.version or await self._named_by_server()
-        self.answers = Answers(self.path)
         self.pace = Pace(self.concurrency, self.timeout)
         self.first = asyncio.Lock()
         return self
@@ -260,7 +262,13 @@ class LLM:
             settings.pop("max_tokens", None)
         body = {"model": self.model, "messages": messages} | settings
         body = {name: setting for name, setting in body.items() if setting is not None}
-        key, text = self._stored([self.model, settings, messages])
+        request = [self.model, settings, messages]
+        if of_try and settings["seed"] is None:  # votes and tries stay apart
+            request.append(of_try)
+        key, text = self._stored(request)
+        while text is None and key in self.under_way:
+            await self.under_way[key]
+            key, text = self._stored(request)
         value = None if text is None else parse(text)
         reason = None
         if value is not None:
@@ -268,7 +276,12 @@ class LLM:
         elif self.instead:
             return None, self.instead(self, key, body)
         else:
-            value, reason = await self._until_usable(key, body, parse, wanted)
+            ended = self.under_way[key] = asyncio.get_running_loop().create_future()
+            try:
+                value, reason = await self._until_usable(key, body, parse, wanted)
+            finally:
+                del self.under_way[key]
+                ended.set_result(None)
         self.n_done += 1
         return value, reason
 
@@ -415,15 +428,14 @@ class LLM:
                 more = 0  # they may be too many for the server, not the prompt too long
                 continue
             if status in (400, 413, 422):
-                about_prompt = self.ABOUT_PROMPT.search(told)
                 new = kind not in self.reached  # what the server has taken before is not what it refuses
-                if new and not about_prompt and self._adapt(sent, told):
+                if new and not self._about_prompt(told) and self._adapt(sent, told):
                     continue
             if status in (400, 403, 413, 422):
                 self.in_a_row += 1
                 others = self.reached or self.stats["cached"]  # were answered, so it is the prompt
                 few = status != 403 or self.in_a_row < self.IN_A_ROW
-                if self.ABOUT_PROMPT.search(told) or others and few:
+                if self._about_prompt(told) or others and few:
                     return "", f"refused by the server: {told}"
             if status < 500 and status not in (408, 409, 429):
                 raise self._stop(f"the server refuses ({told}); check --llm, --base-url and OPENAI_API_KEY")
@@ -464,9 +476,11 @@ class LLM:
         first = choices[0] if choices and isinstance(choices, list) else answer
         if isinstance(first, dict) and first.get("error"):
             told = self._told(200, first["error"])
-            about_prompt = self.ABOUT_PROMPT.search(told) and not self.ABOUT_PACE.search(told)
-            return None, 400 if about_prompt else 500, told, 0
+            return None, 400 if self._about_prompt(told) else 500, told, 0
         return answer, 200, "", 0
+
+    def _about_prompt(self, told):
+        return self.ABOUT_PROMPT.search(told) and not self.ABOUT_PACE.search(told)
 
     def _note(self, answer):
         """Count an answer and its tokens; who gave it."""

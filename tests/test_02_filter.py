@@ -917,13 +917,20 @@ def test_an_import_keeps_its_version_and_what_was_usable(tmp_path):
         n = len(version)
         out = filter_(tmp_path, "", *flags, *version, out=f"out{n}.jsonl", cache=f"c{n}")
         assert meta(out)["unjudged"] == 0 and meta(out)["candidates"] > 0
+    flags = ["--batch-import", tmp_path / "bad.jsonl"]
+    said = r"candidates got no usable answer \(most: batch: unparsable\); export the rest with --batch-export"
+    with pytest.raises(common.DataError, match=said):
+        filter_(tmp_path, "", *flags, out="bad-out.jsonl", cache="c-bad")
 
 
 def test_a_cascade_of_two_models_of_one_name_is_refused(tmp_path):
     write(tmp_path / "in.jsonl", records(1, 4, 0))
     with Running() as server:
         flags = ["--cascade-llm", "judge", "--cascade-base-url", server.url]
-        with pytest.raises(common.DataError, match="--cascade-llm judge has the name of --llm"):
-            filter_(tmp_path, server.url, *flags)
-        filter_(tmp_path, server.url, *flags, "--llm-version", "large")
+        for more in ([], ["--llm-version", "large"]):  # whose answers the small one would take
+            with pytest.raises(common.DataError, match="--cascade-llm judge has the name of --llm"):
+                filter_(tmp_path, server.url, *flags, *more)
+        with pytest.raises(common.DataError, match="--cascade-base-url is nobody's"):
+            filter_(tmp_path, server.url, *flags[2:])
+        filter_(tmp_path, server.url, *flags, "--llm-settings", '{"top_p": 0.9}')
         assert len(server.bodies) > 4  # both were asked

@@ -73,7 +73,7 @@ def test_calibrate_counts_by_hand(judged, tmp_path, capsys):
             "--out",
             tmp_path / "o",
         )
-        assert len(server.bodies) == 9
+        assert len(server.bodies) == 8  # two pairs of one wording
         printed = capsys.readouterr().out
         for _ in range(2):  # cached for the next time and for stage 02
             run(
@@ -87,7 +87,7 @@ def test_calibrate_counts_by_hand(judged, tmp_path, capsys):
                 "--cache",
                 tmp_path / "cache",
             )
-            assert len(server.bodies) == 9
+            assert len(server.bodies) == 8  # two pairs of one wording
     rows = {line.split()[0]: line for line in printed.splitlines()}
     assert list(rows) == ["lang", "sw", "th", "all"]
     assert (
@@ -210,6 +210,45 @@ def test_a_sheet_is_blind_shuffled_and_half_removed(sheet, tmp_path):
         5,
     )
     assert sheet.read_bytes() != before
+
+
+def test_what_was_relabelled_is_sampled_among_the_removed(sheet, tmp_path):
+    rows = common.read_queries(tmp_path / "filtered.jsonl")
+    rows = [row | {"positive_passages": row["positive_passages"] + [
+        passage(f"new{n}", f"relabelled {n}") | {"source": "relabelled", "grade": 2}]}
+        for n, row in enumerate(rows)]
+    path = write(tmp_path / "relabelled.jsonl", rows)
+    run("sample", "--input", path, "--out", tmp_path / "r.csv")
+    removed = {row["docid"]: row["grade"] for row in read(tmp_path / "r.csv.key.csv") if row["removed"] == "1"}
+    assert len(removed) == 4 * 4 and all(removed[f"new{n}"] == "2" for n in range(4))
+
+
+def test_a_sheet_is_not_written_beside_the_key_of_another(sheet, tmp_path):
+    sheet.unlink()
+    with pytest.raises(DataError, match="sheet.csv.key.csv exists"):
+        run("sample", "--input", tmp_path / "filtered.jsonl", "--out", sheet)
+    assert not sheet.exists()
+
+
+def test_a_sheet_as_excel_leaves_it_is_read(tmp_path):
+    """Without the commas of last, empty cells, and with rows of nothing but commas."""
+    (tmp_path / "sheet.csv").write_text("item,passage,relevant\nsw-1,x\nsw-2,y,1\n,,\n\n", "utf-8")
+    rows = load_stage("02a_check_judge").read_csv(tmp_path / "sheet.csv", ["item", "relevant"])
+    assert [(line, row["item"], row["relevant"]) for line, row in rows] == [(2, "sw-1", ""), (3, "sw-2", "1")]
+
+
+def test_only_of_both_kinds_can_a_judge_that_says_one_thing_be_told(judged, tmp_path, capsys):
+    rows = [row for row in common.read_queries(judged) if row["query_id"] in "cd"]
+    for row in rows:
+        row["positive_passages"] = row["positive_passages"][:1]
+        row["negative_passages"] = [passage(f"n{n}", text_with(0, n)) | {"source": "human"} for n in range(3)]
+    with Running() as server:
+        flags = ["--llm", "judge", "--base-url", server.url, "--cache", tmp_path / "cache"]
+        run("calibrate", "--input", write(tmp_path / "negatives.jsonl", rows), *flags)
+        assert "it does not judge" not in capsys.readouterr().err
+        rows[0]["positive_passages"].append(passage("p", text_with(0, 7)))
+        run("calibrate", "--input", write(tmp_path / "both.jsonl", rows), *flags)
+        assert "all 7 verdicts are alike (grade 0): it does not judge" in capsys.readouterr().err
 
 
 def test_a_long_passage_is_read_back(tmp_path):

@@ -677,6 +677,14 @@ def test_generated_negatives_are_shown_beside_random_ones(data, server, tmp_path
 def test_a_target_larger_than_the_corpus_is_an_error(data, server):
     with pytest.raises(load_stage("03_generate_negatives").DataError, match="cannot give 500 negatives"):
         generate(data, server, target=500)
+    passages = read(data / "data/corpus/sw.jsonl")  # what is relevant can be no negative either
+    record = next(r for r in read(data / "in.jsonl") if r["lang"] == "sw")
+    known = {p["docid"] for p in record["positive_passages"]}
+    record["false_negatives"] = [p for p in passages if p["docid"] not in known][:9]
+    write(data / "in.jsonl", [record])
+    n = len(passages) - len(record["positive_passages"])
+    with pytest.raises(load_stage("03_generate_negatives").DataError, match=f"cannot give {n} negatives"):
+        generate(data, server, target=n)
     assert server.seen == []
 
 

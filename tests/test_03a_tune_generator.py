@@ -346,6 +346,8 @@ def test_of_alpaca_only_summarisation_instructions_with_an_input_are_taken(tmp_p
     records = [
         {"instruction": "Summarize this.", "input": "一二三", "output": "一"},
         {"instruction": "Summarize War and Peace.", "input": "", "output": "x"},
+        {"instruction": "Summarize the Iliad.", "input": None, "output": "x"},
+        {"instruction": "Summarize the Odyssey.", "output": "x"},
         {"instruction": "Name a colour.", "input": "red", "output": "red"},
         {"instruction": "Give the main idea.", "input": "a", "output": "b"},
     ]
@@ -414,7 +416,59 @@ def test_the_loss_is_on_the_answer_only(tmp_path):
         assert stage.tokenize([chat], tokenizer, examples[0]["labels"].count(-100)) == []
 
 
+def chat(lang, n, system=()):
+    messages = [{"role": role, "content": f"{lang} {role} {n}"} for role in ("user", "assistant")]
+    return {"lang": lang, "messages": [*system, *messages]}
+
+
+def test_the_limit_is_of_each_language(tmp_path):
+    chats = [chat(lang, n) for lang in ("sw", "te", "fr") for n in range(4)]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, chats)), "utf-8")
+    for flags, langs in (([], ["sw", "te", "fr"]), (["--lang", "te", "fr"], ["te", "fr"])):
+        stage, args = parse("--instructions", tmp_path / "c.jsonl", "--limit", 3, *flags)
+        assert [record[0] for record in stage.read_instructions(args)] == [c for c in langs for _ in range(3)]
+
+
+def test_to_translate_and_to_tune_are_two_runs(tmp_path):
+    for flags in (["--base", "m"], ["--merge"]):
+        stage = load_stage("03a_tune_generator")
+        with pytest.raises(stage.DataError, match="want --base MODEL"):
+            stage.main(["--instructions", "x", "--translate", "sw", "--llm", "m", "--out", str(tmp_path / "x"),
+                        *flags])
+
+
 # --------------------------------------------------------------------------- translation
+
+
+def test_what_is_in_the_language_is_copied_and_the_blank_stays_blank(tmp_path, httpserver):
+    """From Swahili and French into both: each text is translated once, into the other."""
+    from werkzeug import Response
+
+    sw, fr = "Mji huu una watu wengi sana na soko kubwa", "Cette ville est grande et son marché est connu"
+    asked = []
+
+    def answer(request):
+        asked.append(request.get_json()["messages"][1]["content"])
+        reply = sw if asked[-1].startswith("Language: Swahili") else fr
+        choice = {"message": {"role": "assistant", "content": reply}, "finish_reason": "stop"}
+        return Response(json.dumps({"choices": [choice]}), content_type="application/json")
+
+    httpserver.expect_request("/v1/chat/completions").respond_with_handler(answer)
+    blank = {"role": "system", "content": ""}
+    chats = [{"lang": lang, "messages": [blank, {"role": "user", "content": text},
+                                         {"role": "assistant", "content": text}]}
+             for lang, text in (("sw", sw), ("fr", fr))]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, chats)), "utf-8")
+    load_stage("03a_tune_generator").main(
+        ["--instructions", str(tmp_path / "c.jsonl"), "--translate", "sw", "fr", "sw", "--llm", "m",
+         "--base-url", httpserver.url_for("/v1"), "--cache", str(tmp_path / "cache"),
+         "--out", str(tmp_path / "out.jsonl")])
+    made = read(tmp_path / "out.jsonl")
+    assert [record["lang"] for record in made] == ["sw", "sw", "fr", "fr"]
+    for record in made:
+        texts = [message["content"] for message in record["messages"]]
+        assert texts == ["", *[{"sw": sw, "fr": fr}[record["lang"]]] * 2]
+    assert len(asked) == 2  # a text that stands twice is asked once
 
 
 def test_translation_is_checked_cached_and_resumed(tmp_path, httpserver):

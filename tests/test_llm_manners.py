@@ -57,6 +57,8 @@ def reply(manner, body, number):
     if kind == "422" and "seed" in body:
         told = {"loc": ["body", "seed"], "msg": "Extra inputs are not permitted", "input": body}
         return 422, {"detail": [told]}
+    if kind == "quota" and number > 5:
+        return 403, {"error": {"message": "Key limit exceeded (monthly limit). Manage it in the settings"}}
     if kind == "too long" and number % 5 == 3:
         return 400, {"error": {"message": TOO_LONG[what], "code": 400}}
     if kind == "error in 200" and number % 3 == 1:
@@ -298,6 +300,9 @@ def test_votes_differ_by_seed_whatever_the_users_and_most_must_be_usable(tmp_pat
     with Manner("plain") as server:
         filter_(tmp_path, server.url, "--votes", 3, "--llm-settings", '{"seed": 2}')
     assert sorted({body["seed"] for body in server.bodies}) == [2, 3, 4] and len(server.bodies) == 6
+    with Manner("plain") as server:  # for a host that takes none
+        filter_(tmp_path, server.url, "--votes", 3, "--llm-settings", '{"seed": null}')
+    assert len(server.bodies) == 6 and not any("seed" in body for body in server.bodies)
     passage = records(1)[0]["candidate_passages"][0]
 
     class Votes:
@@ -375,6 +380,22 @@ def test_any_400_after_an_answer_is_about_its_prompt(tmp_path):
         assert judged(tmp_path, "too long: odd") == (60, 60, 48, 12, 0)
     finally:
         del TOO_LONG["odd"]
+
+
+def test_a_quota_that_is_used_up_is_no_fault_of_the_prompt(tmp_path):
+    """Told as 403 with the word exceeded: after some refusals in a row the run ends, to be started again."""
+    calls, _, _, _, status = judged(tmp_path, "quota", "--concurrency", 1)
+    assert "the server refuses (403: Key limit exceeded" in status and calls < 20
+
+
+def test_one_question_twice_at_once_is_asked_once(tmp_path):
+    twins = [record | {"query_id": f"{n}"} for record in records(1, 8, 0) for n in range(4)]
+    write(tmp_path / "in.jsonl", twins)
+    with Running(delay=0.05) as server:
+        filter_(tmp_path, server.url)
+    assert len(server.bodies) == 8
+    judgments = [r["negative_passages"] + r["false_negatives"] for r in read(tmp_path / "out.jsonl")]
+    assert all(judgment == judgments[0] for judgment in judgments) and len(judgments[0]) == 8
 
 
 @pytest.mark.parametrize("manner", ["error in 200", "error in a choice"])

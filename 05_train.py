@@ -191,6 +191,8 @@ def batches(queries, args):
 
 def write_batches(path, plan):
     """--log-batches: a line a step."""
+    if Path(path).exists() and not open(path, "rb").readline().startswith(b'{"step": '):
+        raise DataError(f"--log-batches {path}: the file is there, and no log of batches; take another")
     with atomic(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
         for step, (lang, batch, _) in enumerate(plan, 1):
             file.write(dump({"step": step, "lang": lang, "query_ids": [query.query_id for query in batch],
@@ -397,6 +399,7 @@ def train(args, encoder, queries, dev_queries, folder, run_key):
         optimizer.step()
         optimizer.zero_grad()
         state["step"] = step
+        state["queries"] += len(batch)
         state["clipped"] += bool(args.clip and norm > args.clip)
         n_tokens, seconds = query.n_tokens + passage.n_tokens, time.perf_counter() - started
         line = {"step": step, "epoch": round(step / args.epoch_steps, 3), "lang": lang, "loss": loss.item(),
@@ -406,9 +409,9 @@ def train(args, encoder, queries, dev_queries, folder, run_key):
             model.eval()
             score, dev = validate(encoder, dev_queries, file)
             line |= {"dev_mrr@10": score, "dev": dev}
-            state["without_gain"] += 1
-            if not dev or score > state["best"]:  # without held-out queries the last is best
-                state |= {"best": score, "without_gain": 0}
+            state["without_gain"] = 0 if not dev or score > state["best"] else state["without_gain"] + 1
+            if not dev or score >= state["best"]:  # of equals, and without held-out queries, the last
+                state |= {"best": score, "best_step": step}
                 save(folder / "best.pt", model.state_dict())
         log.write(dump(line).encode())
         if epoch_ends or step % args.save_every == 0:
@@ -421,7 +424,8 @@ def train(args, encoder, queries, dev_queries, folder, run_key):
 def resume(folder, model, optimizer, run_key):
     """(state, log file) of a start, or as last.pt left them: what the log has from later comes again."""
     import torch
-    state = {"step": 0, "log_bytes": 0, "clipped": 0, "best": -1.0, "without_gain": 0}
+    state = dict.fromkeys(("step", "best_step", "queries", "clipped", "without_gain", "log_bytes"), 0)
+    state["best"] = -1.0
     if (folder / "last.pt").exists():
         with usable(folder / "last.pt", "no checkpoint to be used", "pass --overwrite to start anew"):
             saved = torch.load(folder / "last.pt", weights_only=True, map_location="cpu")
@@ -438,6 +442,14 @@ def resume(folder, model, optimizer, run_key):
     return state, log
 
 
+def forget(folder):
+    """Delete the checkpoint; what others put there stays."""
+    for path in [folder / "last.pt", folder / "best.pt", *folder.glob("train_log*.jsonl")]:
+        path.unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
 def save(path, content):
     """Of the first process; the others hold the same."""
     import torch
@@ -449,27 +461,31 @@ def save(path, content):
 def main(argv=None):
     args = build_parser().parse_args(argv)
     output = Output(args, [args.input], model_digests([args.encoder] if args.max_steps != 0 else []))
-    if args.max_steps != 0 and output.is_done():
+    done = args.max_steps != 0 and output.is_done()
+    if done and not args.log_batches:
         return
     queries, dev_queries = hold_out(read_index(args), args.dev_share, args.seed)
-    if not queries or args.no_in_batch and not args.negatives:
-        raise DataError(f"{args.input}: nothing to train on; check --lang, --dev-share and --negatives")
+    if not queries or not args.negatives and (args.no_in_batch or args.batch_size == 1):
+        raise DataError(f"{args.input}: nothing to train on; check --lang, --dev-share, --negatives, "
+                        "--batch-size")
     if args.patience and not dev_queries:
         raise DataError("--patience needs held-out queries; raise --dev-share, or leave it out")
     args.epoch_steps = math.ceil(len(queries) / args.batch_size)
     n_steps = min(args.epochs * args.epoch_steps, args.max_steps or math.inf)
     if args.log_batches and RANK == 0:
         write_batches(args.log_batches, islice(batches(queries, args), n_steps))
-    if args.max_steps == 0:
+    if done or args.max_steps == 0:
         return
     args.max_steps = n_steps
     folder = Path(f"{output.path}.checkpoint")
     if RANK == 0 and args.overwrite:
-        shutil.rmtree(folder, ignore_errors=True)
+        forget(folder)
     import torch  # not for the batches alone
     if WORLD > 1:
         torch.distributed.init_process_group()  # gloo for CPUs, nccl for GPUs; waits for all
     encoder = from_flags(args.encoder, args)
+    if encoder.given.get("normalise") == "no":
+        raise DataError("--settings normalise=no: the loss is of cosines (Sec. 3.5); leave it out")
     encoder.similarity = "cosine"  # as the loss wants it, whatever the maker used
     args.temperature = args.temperature or encoder.default_temperature
     keep_blocks(1 << 30)
@@ -482,14 +498,16 @@ def main(argv=None):
     with atomic_folder(output.path) as model:
         encoder.save(model)
         shutil.copy(folder / "train_log.jsonl", model)
-        output.finish(model, steps=state["step"], clipped=round(state["clipped"] / state["step"], 4),
-                      train_queries=len(queries), dev_queries=len(dev_queries), best_dev_mrr=state["best"],
+        output.finish(model, steps=state["step"], queries_a_step=round(state["queries"] / state["step"], 1),
+                      clipped=round(state["clipped"] / state["step"], 4),
+                      train_queries=len(queries), dev_queries=len(dev_queries),
+                      best_dev_mrr=state["best"], best_step=state["best_step"],
                       temperature=args.temperature, peak_gpu_mb=torch.cuda.max_memory_allocated() >> 20,
                       by_lang=Counter(query.lang for query in queries), vectors=encoder.settings())
         facts = json.dumps(output.meta, ensure_ascii=False, indent=1, default=str)
         card = f"# A bi-encoder trained as in arXiv 2509.09459\n\n```json\n{facts}\n```\n"
         (model / "README.md").write_text(card, "utf-8")
-    shutil.rmtree(folder)
+    forget(folder)
 
 
 if __name__ == "__main__":

@@ -33,13 +33,13 @@ def question(record):
 
 
 def hard_negatives(record, answers):
-    """(negatives, {why: n} of those left out): those that are no positive and no copy of another."""
+    """(negatives, {why: n} of those left out): those with no relevant passage's text, or that of another."""
     kept = {}
     counts = Counter()
     for passage in record.get("negative_passages", []):
         text = hash(text_key(passage))
         if text in answers[question(record)]:
-            counts["positives_left_out"] += 1
+            counts["relevant_left_out"] += 1
         elif kept.setdefault(text, passage) is not passage:
             counts["copies_left_out"] += 1
     return list(kept.values()), counts
@@ -67,10 +67,11 @@ def main(argv=None):
     output = Output(args, [args.input])
     if output.is_done():
         return
-    answers = defaultdict(set)  # {question: hashes of its positives' texts}, under whatever ids it is asked
+    answers = defaultdict(set)  # {question: hashes of what answers it}, under whatever ids it is asked
     for record in read_queries(args.input, args.lang, args.limit, judged=True):
-        answers[question(record)].update(hash(text_key(p)) for p in record["positive_passages"])
-    counts = Counter(positives_left_out=0, copies_left_out=0)
+        relevant = record["positive_passages"] + record.get("false_negatives", [])
+        answers[question(record)].update(hash(text_key(p)) for p in relevant)
+    counts = Counter(relevant_left_out=0, copies_left_out=0)
     by_lang = Counter()
     widths = []
     for record in read_queries(args.input, args.lang, args.limit):

@@ -24,6 +24,10 @@ BACKBONES = {"bge-m3": "BGE", "e5-large": "mE5", "mdpr": "mDPR", "bert-base-mult
 FILES = {"filtered": "filtered.jsonl.meta.json", "augmented": "augmented.jsonl.meta.json",
          "model": "model.meta.json", "metrics": "eval/metrics.json",
          "records": "topics.jsonl", "log": "model/train_log.jsonl"}  # in RUN
+MADE_FROM = [("candidates.jsonl", "filtered.jsonl", "02_filter_false_negatives.py"),
+             ("filtered.jsonl", "augmented.jsonl", "03_generate_negatives.py"),
+             ("augmented.jsonl", "topics.jsonl", "04_cluster_topics.py"),
+             ("topics.jsonl", "model", "05_train.py")]
 HATCHES = ["////", "....", "xxxx", "--", "||"]  # of bars that are not ours
 
 
@@ -50,20 +54,20 @@ def gather(folder, lang=None, limit=None):
         found["log"] = [parse_line(paths["log"], *numbered) for numbered in read_lines(paths["log"])]
     if paths["records"] in there:
         found["records"] = count_records(paths["records"], lang, limit)
-    found["stale"] = stale(folder, found["model"])
+    found["stale"] = stale(folder)
     return found, there
 
 
-def stale(folder, trained):
-    """[what of a run is not of its last training], which the meta files tell by digests."""
+def stale(folder):
+    """[what of a run is not of what it was made from], which the meta files tell by digests."""
     said = []
     seen = read_json(folder / "eval/metrics.json.meta.json").get("models", {})
     if seen and (folder / "model").is_dir() and digest_folder(folder / "model") not in seen.values():
         said.append("`eval/` is not of the model that is in `model/` now: run 06_eval.py again")
-    inputs = trained.get("inputs") or [{}]
-    topics = folder / "topics.jsonl"
-    if topics.is_file() and inputs[0].get("digest", "") not in ("", digest_file(topics)):
-        said.append("`model/` was not trained on `topics.jsonl` as it is now: run 05_train.py again")
+    for source, made, script in MADE_FROM:
+        used = [entry["digest"] for entry in read_json(folder / f"{made}.meta.json").get("inputs", [])]
+        if used and (folder / source).is_file() and digest_file(folder / source) not in used:
+            said.append(f"`{made}` was not made from `{source}` as it is now: run {script} again")
     return said
 
 
@@ -92,8 +96,17 @@ def evaluated(found):
     """(ours, {model: {lang: scores}}, [the test of ours against each baseline], languages)."""
     models = found["metrics"]["models"]
     ours = list(models)[-1]
-    tests = [test for test in found["metrics"]["tests"] if test["model"] == ours]
+    tests = [test if test["model"] == ours else turned(test) for test in found["metrics"]["tests"]
+             if ours in (test["model"], test["vs"])]
     return ours, models, tests, shown(found, models[ours])
+
+
+def turned(test):
+    """A test of another model against ours, as one of ours against it."""
+    def mirrored(of):
+        return of | {"diff": -of["diff"], "ci95": [-end for end in reversed(of["ci95"])]}
+    by_lang = {lang: mirrored(of) for lang, of in test["by_lang"].items()}
+    return mirrored(test) | {"model": test["vs"], "vs": test["model"], "by_lang": by_lang}
 
 
 # --------------------------------------------------------------------------- tables

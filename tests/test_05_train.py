@@ -473,6 +473,60 @@ def test_an_adapter_is_read_as_its_base_with_it_and_not_trained(made, capsys):
     assert not (made / "of adapter").exists()
 
 
+def test_of_epochs_with_equal_scores_the_last_is_kept_and_told(made, monkeypatch):
+    scores, kept = iter([0.2, 0.6, 0.6, 0.4]), {}
+
+    def validate(encoder, *_):
+        score = next(scores)
+        if score == 0.6:
+            kept.update({k: v.clone() for k, v in encoder.model.state_dict().items()})
+        return score, {"sw": {}}
+
+    monkeypatch.setattr(stage, "validate", validate)
+    stage.main(arguments(made, "equals", "--epochs", 4, "--patience", 2))
+    assert difference({k.removeprefix("0.model."): v for k, v in kept.items()}, weights_of(made, "equals")) == 0
+    counts = json.loads((made / "equals.meta.json").read_text("utf-8"))["counts"]
+    assert counts["best_step"] == 3 * counts["steps"] // 4 and next(scores, None) is None
+
+
+def test_other_peoples_files_are_neither_replaced_nor_deleted(made, tmp_path):
+    few = "--max-steps", 1, "--dev-share", 0
+    for path in (made / "topics.jsonl", tmp_path / "notes.txt"):
+        path.touch()
+        before = path.read_bytes()
+        with pytest.raises(stage.DataError, match="the file is there, and no log of batches"):
+            stage.main(arguments(made, "logged", *few, "--log-batches", path))
+        assert path.read_bytes() == before
+    for _ in range(2):  # a log is written again, also where the model is there
+        stage.main(arguments(made, "logged", *few, "--log-batches", tmp_path / "log"))
+        assert (tmp_path / "log").read_text().startswith('{"step": 1, ')
+        (tmp_path / "log").unlink()
+    notes = made / "kept.checkpoint/notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    stage.main(arguments(made, "kept", *few, "--overwrite"))
+    assert notes.read_text() == "mine" and [path.name for path in notes.parent.iterdir()] == ["notes.txt"]
+    (made / "a-file").write_text("mine")
+    stage.main(arguments(made, "a-file", *few, "--overwrite"))
+    assert (made / "a-file/model.safetensors").is_file()
+
+
+def test_a_run_is_the_same_however_its_encoder_is_written(made, capsys):
+    few = "--max-steps", 1, "--dev-share", 0
+    stage.main(arguments(made, "slash", *few))
+    stage.main(arguments(made, "slash", *few, "--encoder", f"{made}/../{made.name}/encoder/"))
+    assert "slash is up to date" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--negatives", 0, "--batch-size", 1], "nothing to train on"),
+    (["--settings", "normalise=no"], "the loss is of cosines"),
+])
+def test_what_cannot_train_is_refused(made, flags, words):
+    with pytest.raises(stage.DataError, match=words):
+        stage.main(arguments(made, "refused", *flags))
+
+
 def test_patience_stops_early_and_keeps_the_best_epoch(made, monkeypatch):
     scores, best = iter([0.2, 0.6, 0.5, 0.4, 0.9]), {}
 

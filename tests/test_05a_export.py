@@ -55,12 +55,25 @@ def exported(topics, layout, *flags):
     return lines, json.loads((topics.parent / f"{layout}.meta.json").read_text("utf-8"))
 
 
+def test_a_copy_of_a_known_false_negative_is_no_negative(topics):
+    records = [json.loads(line) for line in topics.read_text("utf-8").splitlines()]
+    for record in records:
+        known = record["negative_passages"][-1]
+        record["false_negatives"] = [known | {"docid": "other"}]
+    topics.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
+    lines, _ = exported(topics, "tevatron")
+    for of_lang in lines.values():
+        for line in of_lang:
+            (known,) = [r["false_negatives"] for r in records if r["query"] == line["query"]]
+            assert known[0]["text"] not in [p["text"] for p in line["negative_passages"]]
+
+
 def test_flagembedding(topics):
     lines, meta = exported(topics, "flagembedding")
     assert (
         {lang: len(of) for lang, of in lines.items()} == dict.fromkeys(TEXTS, 3) == meta["counts"]["by_lang"]
     )
-    assert meta["counts"]["positives_left_out"] == 6 and meta["counts"]["copies_left_out"] == 3
+    assert meta["counts"]["relevant_left_out"] == 6 and meta["counts"]["copies_left_out"] == 3
     th = lines["th"][0]
     assert th["query"] == TEXTS["th"] + " 0?" and th["pos"] == [f"T\n{TEXTS['th']} p0", f"{TEXTS['th']} P1"]
     assert th["neg"] == [f"T\n{TEXTS['th']} n{j}" for j in (0, 2, 3)]
@@ -133,7 +146,7 @@ def test_an_answer_to_the_same_question_under_another_id_is_no_negative(tmp_path
         ["T\nlingine"],
         ["T\njibu a", "T\njibu b", "T\nlingine"],
     ]
-    assert meta["counts"]["positives_left_out"] == 4
+    assert meta["counts"]["relevant_left_out"] == 4
 
 
 def test_documents_of_a_title_alone_are_told_apart(tmp_path):

@@ -369,14 +369,32 @@ def test_parts_that_are_not_of_the_last_training_are_told(report, tmp_path):
     run = make_run(tmp_path)
     (run / "model/config.json").write_text("{}")
     digests = {"model": digest_folder(run / "model"), "topics": digest_file(run / "topics.jsonl")}
-    for stale in (None, "model", "topics"):
+    path = run / "filtered.jsonl"
+    path.write_text("")
+    augmented = json.loads((run / "augmented.jsonl.meta.json").read_text())
+    digests["filtered"] = digest_file(path)
+    for stale in (None, "model", "topics", "filtered"):
         now = digests | ({stale: "another"} if stale else {})
         (run / "eval/metrics.json.meta.json").write_text(json.dumps({"models": {"0 model": now["model"]}}))
         meta = json.loads((run / "model.meta.json").read_text()) | {"inputs": [{"digest": now["topics"]}]}
         (run / "model.meta.json").write_text(json.dumps(meta))
+        augmented["inputs"] = [{"digest": now["filtered"]}, {"digest": "of a corpus"}]
+        (run / "augmented.jsonl.meta.json").write_text(json.dumps(augmented))
         text = make_report(report, run, "--overwrite")
+        assert ("`augmented.jsonl` was not made from `filtered.jsonl`" in text) == (stale == "filtered")
         assert ("`eval/` is not of the model" in text) == (stale == "model")
-        assert ("`model/` was not trained on" in text) == (stale == "topics")
+        assert ("`model` was not made from `topics.jsonl` as it is" in text) == (stale == "topics")
+
+
+def test_a_test_against_ours_is_shown_as_one_of_ours(report, tmp_path):
+    run = make_run(tmp_path)
+    straight = make_report(report, run)
+    path = run / "eval/metrics.json"
+    metrics = json.loads(path.read_text("utf-8"))
+    metrics["tests"] = [report.turned(test) for test in metrics["tests"]]
+    assert {test["vs"] for test in metrics["tests"]} == {"model"} and metrics["tests"][0]["diff"] < 0
+    write(path, metrics)
+    assert make_report(report, run, "--overwrite") == straight
 
 
 def test_lang_and_limit_change_what_is_shown(report, tmp_path):

@@ -155,8 +155,8 @@ def make_runs(model, name, args, queries, qrels, inputs, digests):
     """
     tokenizer = args.bm25_tokenizer if model == "bm25" else None
     reading = flags_given(args, args.models)
-    own = {"overwrite": args.overwrite, "limit": args.limit, "depth": args.depth, **reading,
-           "min_relevance": args.min_relevance, "model": name, "bm25_terms": tokenizer and short_name(tokenizer)}
+    own = {key: getattr(args, key) for key in ("overwrite", "limit", "depth", "min_relevance")} | reading
+    own |= {"model": name, "bm25_terms": tokenizer and short_name(tokenizer)}
     models = model_digests([model, tokenizer])
     ensemble = None
     metas = []

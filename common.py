@@ -5,7 +5,6 @@ import errno
 import fcntl
 import functools
 import gc
-import glob
 import gzip
 import hashlib
 import itertools
@@ -483,7 +482,7 @@ def lock(path, wait=True):
     if beside(path, "old").exists() and not path.exists():  # killed between two renames
         beside(path, "old").rename(path)
     ours = re.compile(rf"\.{re.escape(path.name)}(\.meta\.json|\.partial)?\.(\d+\.tmp|old)")
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+    for left in path.parent.iterdir():
         if ours.fullmatch(left.name):  # not those of one that is called NAME.more
             remove(left)
     try:
@@ -551,7 +550,8 @@ class Output:
     # where things lie and how fast they are made does not change what is made
     NEUTRAL = {"out", "overwrite", "cache", "device", "concurrency", "base_url", "save_every", "input",
                "data", "root", "queries", "timeout", "max_unjudged", "price_in", "price_out", "dry_run",
-               "tokenizer", "answer_tokens", "log_batches", "batch_export", "batch_import", "cascade_base_url", "judge_base_url"}
+               "tokenizer", "answer_tokens", "log_batches", "batch_export", "batch_import",
+               "cascade_base_url", "judge_base_url"}
 
     def __init__(self, args, inputs, models=(), out=None, parts=()):
         path = Path(out or args.out)
@@ -571,12 +571,11 @@ class Output:
             open_text(path).close()  # DataError where it is missing, with the stage that makes it
             if place in (Path(path).resolve(), *Path(path).resolve().parents):
                 raise DataError(f"{self.path} is where the input lies ({path}); choose another --out")
-        for name in ("encoder", "retrievers", "models"):
-            given = getattr(args, name, None) or []
-            for model in [given] if isinstance(given, str) else given:
-                if Path(model).is_dir() and Path(model).resolve() in (place, *place.parents):
-                    raise DataError(f"{self.path} lies in the model {model}, which would be another one "
-                                    "then; choose another --out")
+        given = vars(args)
+        for model in [given.get("encoder") or "bm25", *given.get("retrievers", ()), *given.get("models", ())]:
+            if Path(model).is_dir() and Path(model).resolve() in (place, *place.parents):
+                raise DataError(f"{self.path} lies in the model {model}, which would be another one then; "
+                                "choose another --out")
         self.meta = {"script": Path(sys.argv[0]).name,
                      "arguments": {k: v for k, v in vars(args).items() if k not in self.NEUTRAL},
                      "inputs": [{"path": str(p), "digest": digest_file(p)} for p in inputs],

@@ -349,7 +349,7 @@ class Encoder:
         from sentence_transformers.sentence_transformer.modules import Pooling
         model = load_model(self.folder, self.device)
         if self.is_first and self.dtype == "bf16" and not has_bf16(self.device):
-            say(f"{self.name}: this {self.device} has no bf16 of its own, --dtype fp32 is several times faster")
+            say(f"{self.name}: {self.device} has no bf16 of its own; --dtype fp32 is several times faster")
         if self.given.get("normalise") == "no" and isinstance(model[-1], Normalize):
             del model[-1]
         for module in model:

@@ -190,7 +190,7 @@ class LLM:
         self.useless = Counter()  # answers, by reason
         self.n_done = 0  # prompts that have their answer, or never will
         self.client = None
-        self.under_way = {}  # {key: future} of prompts: the same one waits for its answer
+        self.under_way = {}  # {key: event} of prompts: the same one waits for its answer
         self.reached = set()  # the kinds of request that were answered
         self.refused = {}  # parameters, in order
         self.has_system = True  # whether the model takes system messages
@@ -267,7 +267,7 @@ class LLM:
             request.append(of_try)
         key, text = self._stored(request)
         while text is None and key in self.under_way:
-            await self.under_way[key]
+            await self.under_way[key].wait()
             key, text = self._stored(request)
         value = None if text is None else parse(text)
         reason = None
@@ -276,12 +276,12 @@ class LLM:
         elif self.instead:
             return None, self.instead(self, key, body)
         else:
-            ended = self.under_way[key] = asyncio.get_running_loop().create_future()
+            ended = self.under_way[key] = asyncio.Event()
             try:
                 value, reason = await self._until_usable(key, body, parse, wanted)
             finally:
-                del self.under_way[key]
-                ended.set_result(None)
+                self.under_way.pop(key, None)
+                ended.set()
         self.n_done += 1
         return value, reason
 

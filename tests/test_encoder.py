@@ -781,7 +781,7 @@ def test_bf16_on_a_processor_that_has_none_is_told(flag, monkeypatch, tmp_path, 
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, flag: has})  # noqa: B023
         for dtype in ("fp32", "bf16"):
             Encoder(folder, "cpu", dtype=dtype).model  # noqa: B018
-            said = "this cpu has no bf16 of its own, --dtype fp32 is several times faster"
+            said = "cpu has no bf16 of its own; --dtype fp32 is several times faster"
             assert (said in capsys.readouterr().err) == (dtype == "bf16" and not has)
 
 

@@ -230,7 +230,8 @@ def main(argv=None):
     is_first = world()[0] == 0  # of torchrun's processes
     for lang, of_lang in sorted(by_lang.items()):
         n, left_out = Counter(), Counter()
-        lines[lang] = tempfile.TemporaryFile("w+", encoding="utf-8", dir=output.path.parent)
+        if is_first:
+            lines[lang] = tempfile.TemporaryFile("w+", encoding="utf-8", dir=output.path.parent)
         for record, ranks, candidates, others in mine(ensemble, lang, of_lang, args.depth + skip, args):
             passages = candidates[skip:]
             if is_first:
@@ -238,10 +239,10 @@ def main(argv=None):
             n.update(counted(record, ranks, passages, args.depth))
             left_out.update(others)
             n_fewer += len(passages) < args.depth
-        lines[lang].seek(0)
         n_repeated = len(of_lang) - len(answers(of_lang))
         table[lang] = summarise(n, ensemble.names, n_repeated, args.depth) | left_out
         if is_first:
+            lines[lang].seek(0)
             say(f"{lang}: " + ", ".join(f"{key} {value}" for key, value in table[lang].items()))
     if is_first:
         asked = {lang: [record["query"] for record in of_lang] for lang, of_lang in by_lang.items()}

@@ -238,8 +238,8 @@ class Generation:
         self.lang, self.queries, self.args = lang, queries, args
         self.ensemble, self.generator, self.judge = ensemble, generator, judge
         self.n_passages = ensemble.n_passages(lang)
-        n_relevant = max(len(query.record["positive_passages"] + query.record.get("false_negatives", []))
-                         for query in queries)
+        parts = ["positive_passages"] + ["false_negatives"] * (args.mode == "retrieve")  # else it writes
+        n_relevant = max(sum(len(query.record[part]) for part in parts) for query in queries)
         if self.n_passages < args.target + n_relevant:
             raise DataError(f"{args.data}/corpus/{lang}: {self.n_passages} passages, {n_relevant} of them "
                             f"relevant, cannot give {args.target} negatives a query; lower --target")

@@ -191,7 +191,8 @@ def batches(queries, args):
 
 def write_batches(path, plan):
     """--log-batches: a line a step."""
-    if Path(path).exists() and not open(path, "rb").readline().startswith(b'{"step": '):
+    first = open(path, "rb").readline() if Path(path).exists() else b""
+    if first and not first.startswith(b'{"step": '):
         raise DataError(f"--log-batches {path}: the file is there, and no log of batches; take another")
     with atomic(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
         for step, (lang, batch, _) in enumerate(plan, 1):
@@ -409,8 +410,9 @@ def train(args, encoder, queries, dev_queries, folder, run_key):
             model.eval()
             score, dev = validate(encoder, dev_queries, file)
             line |= {"dev_mrr@10": score, "dev": dev}
-            state["without_gain"] = 0 if not dev or score > state["best"] else state["without_gain"] + 1
-            if not dev or score >= state["best"]:  # of equals, and without held-out queries, the last
+            better = not dev or score > state["best"]  # without held-out queries the last is best
+            state["without_gain"] = 0 if better else state["without_gain"] + 1
+            if better or score == state["best"]:
                 state |= {"best": score, "best_step": step}
                 save(folder / "best.pt", model.state_dict())
         log.write(dump(line).encode())
@@ -444,9 +446,10 @@ def resume(folder, model, optimizer, run_key):
 
 def forget(folder):
     """Delete the checkpoint; what others put there stays."""
-    for path in [folder / "last.pt", folder / "best.pt", *folder.glob("train_log*.jsonl")]:
-        path.unlink(missing_ok=True)
-    if folder.is_dir() and not any(folder.iterdir()):
+    for name in ("last.pt", "best.pt", ".*.pt.*.tmp", "train_log*.jsonl"):
+        for path in folder.glob(name):
+            path.unlink()
+    if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
         folder.rmdir()
 
 

@@ -104,7 +104,7 @@ def evaluated(found):
 def turned(test):
     """A test of another model against ours, as one of ours against it."""
     def mirrored(of):
-        return of | {"diff": -of["diff"], "ci95": [-end for end in reversed(of["ci95"])]}
+        return of | {"diff": 0 - of["diff"], "ci95": [0 - end for end in reversed(of["ci95"])]}
     by_lang = {lang: mirrored(of) for lang, of in test["by_lang"].items()}
     return mirrored(test) | {"model": test["vs"], "vs": test["model"], "by_lang": by_lang}
 
@@ -366,6 +366,7 @@ def main(argv=None):
     folder, out = Path(args.run), Path(args.out)
     found, inputs = gather(folder, args.lang, args.limit)
     output = Output(args, inputs, out=out / "report.md")
+    output.meta["arguments"]["stale"] = found["stale"]
     if output.is_done():
         return
     text, figures = compose(found, folder)

@@ -39,9 +39,9 @@ NAME := $(if $(DATA_ROOT),$(call PLAIN,$(notdir $(abspath $(subst $(space),_,$(s
 $(if $(NAME),,$(error DATA_ROOT=$(DATA_ROOT) has no name; set DATA and RUN, or another DATA_ROOT))
 DATA ?= data/$(NAME)
 # ^ the prepared collection; one that is there, of no DATA_SOURCE that you name, is used as it is
-RUN ?= runs/$(NAME)
+RUN ?= runs/$(COLLECTION)
 # ^ what the stages make
-ENCODER ?= $(BUILT)
+ENCODER ?= models/$(COLLECTION)
 # ^ encoder to start from; the default is a small one, built on the spot from the collection itself
 RETRIEVERS ?= bm25 $(ENCODER)
 # ^ the ensemble of stage 01
@@ -91,9 +91,13 @@ PLAN ?=
 # ^ make miracl: more flags of bench/plan.py, as in PLAN="--utilisation 0.4"
 
 $(if $(word 2,$(DATA_ROOT)),$(info DATA_ROOT has a blank: what is made of it is called $(NAME)))
-BUILT := models/$(notdir $(abspath $(DATA)))
-SMALL := $(if $(filter $(abspath $(BUILT)),$(abspath $(ENCODER))),$(BUILT))
-KEPT := $(and $(filter file,$(origin DATA_SOURCE)),$(if $(DATA_ROOT),,yes),$(wildcard $(DATA)/train.jsonl),$(if $(shell grep -l '"source": "sample"' $(DATA).meta.json 2>/dev/null),,yes))
+override DATA := $(DATA:%/=%)
+COLLECTION := $(notdir $(abspath $(DATA)))
+# the encoder, where it is the one that is built here
+SMALL := $(if $(filter $(abspath models/$(COLLECTION)),$(abspath $(ENCODER))),models/$(COLLECTION))
+# whether DATA is there already and is no sample, while no source is named
+FROM_SAMPLE := $(shell grep -l '"source": "sample"' $(DATA).meta.json 2>/dev/null)
+KEPT := $(and $(filter file,$(origin DATA_SOURCE)),$(if $(DATA_ROOT)$(FROM_SAMPLE),,yes),$(wildcard $(DATA)/train.jsonl))
 # the settings of KIND; chunks of tokens take 6 GB of memory where whole batches take 17
 EPOCHS_small := 8
 EPOCHS_paper := 20
@@ -147,7 +151,7 @@ $(DATA)/train.jsonl: .venv/installed FORCE
 	$(if $(KEPT),@echo "$(DATA) is used as it is",$(PY) 00_prepare_data.py --source $(DATA_SOURCE) $(if $(DATA_ROOT),--root "$(DATA_ROOT)") --out $(DATA) $(COMMON))
 
 # The same for every SEED, as a model from the hub is: runs that differ in SEED may go side by side.
-$(BUILT): $(DATA)/train.jsonl FORCE
+models/$(COLLECTION): $(DATA)/train.jsonl FORCE
 	$(PY) sample/make_encoder.py --data $(DATA) --out $@ $(if $(LANGS),--lang $(LANGS))
 
 $(RUN)/candidates.jsonl: $(DATA)/train.jsonl $(SMALL) FORCE
@@ -174,9 +178,9 @@ ablations: $(RUN)/topics.jsonl
 		$(if $(LANGS),--lang $(LANGS)) --train-flags="$(strip $(TRAIN) $(READ))" --read-flags="$(READ)" --batch-size $(BATCH) $(SOME_EPOCHS) $(SEEDS) --cache $(CACHE)
 
 judge-quality: $(DATA)/train.jsonl $(SMALL)
-	$(PY) bench/judge_quality.py --data $(DATA) $(if $(filter sample,$(DATA_SOURCE)),--truth sample/truth) --encoder $(ENCODER) \
+	$(PY) bench/judge_quality.py --data $(DATA) $(if $(KEPT),,$(if $(filter sample,$(DATA_SOURCE)),--truth sample/truth)) --encoder $(ENCODER) \
 		$(if $(LANGS),--lang $(LANGS)) --train-flags $(patsubst --%,%,$(subst =--, ,$(subst $(space),=,$(strip $(TRAIN) $(READ))))) batch-size=$(BATCH) \
-		$(SOME_EPOCHS) $(SEEDS) $(JUDGE) --out results/judge-quality-$(NAME)
+		$(SOME_EPOCHS) $(SEEDS) $(JUDGE) --out results/judge-quality-$(COLLECTION)
 
 bench: $(DATA)/train.jsonl $(SMALL)
 	$(PY) bench/peers.py --data $(DATA) $(PEERS)
@@ -197,7 +201,7 @@ sample: .venv/installed
 	$(PY) sample/make_sample.py
 
 clean:
-	rm -rf $(if $(KEPT),,$(DATA) $(DATA).meta.json) $(RUN) $(SMALL) $(addsuffix .meta.json,$(SMALL))
+	rm -rf $(if $(KEPT),,$(DATA) $(DATA).meta.json) $(RUN) $(patsubst %/build.json,%,$(wildcard $(SMALL:%=%/build.json)))
 
 help:
 	@sed -n '/^# make /,/^$$/s/^# //p' Makefile

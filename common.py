@@ -572,7 +572,8 @@ class Output:
             if place in (Path(path).resolve(), *Path(path).resolve().parents):
                 raise DataError(f"{self.path} is where the input lies ({path}); choose another --out")
         given = vars(args)
-        for model in [given.get("encoder") or "bm25", *given.get("retrievers", ()), *given.get("models", ())]:
+        models_named = {given.get("encoder"), *given.get("retrievers", ()), *given.get("models", ())}
+        for model in models_named - {None, "", "bm25"}:
             if Path(model).is_dir() and Path(model).resolve() in (place, *place.parents):
                 raise DataError(f"{self.path} lies in the model {model}, which would be another one then; "
                                 "choose another --out")
@@ -584,8 +585,10 @@ class Output:
     def key(self, meta):
         """What must be equal for a finished output to be this one."""
         digests = re.findall('"digest": "([^"]*)"', json.dumps(meta.get("inputs")))
-        arguments = {k: v for k, v in meta.get("arguments", {}).items() if k != "encoder"}  # its digest tells
-        return json.dumps([arguments, digests, meta.get("models")], default=str, sort_keys=True)
+        given = {k: v for k, v in meta.get("arguments", {}).items() if k not in self.NEUTRAL}
+        given.pop("encoder", None)  # its digest tells
+        given["lang"] = sorted(set(given.get("lang") or ()))  # earlier versions wrote it as it came
+        return json.dumps([given, digests, meta.get("models")], default=str, sort_keys=True)
 
     def digests(self, folder):
         """{name: digest} of the stage's files in a folder; a model's card may be edited."""

@@ -163,7 +163,8 @@ class LLM:
     ABOUT_PROMPT = re.compile(r"context.?(length|size|window)|too.?(long|large|many)|exceed|`inputs`|"
                               r"token.?(count|limit)|content.?(filter|management|policy|exists.risk)|safety|"
                               r"inappropriate|moderation|flagged|sensitive|prohibited", re.I)
-    ABOUT_PACE = re.compile("rate.?limit|quota|capacity|key.?limit|credit|balance|billing", re.I)
+    ABOUT_PACE = re.compile(r"rate.?limit|quota|capacity|key.?limit|budget|billing|\b(credits?|balance)\b",
+                            re.I)
     TOO_FEW = re.compile(r"could not finish the message because max_tokens", re.I)
     PASSING = {408, 424, 425, 498, 499}  # TGI's failed generation, Groq's capacity, cancelled
     NO_SYSTEM = re.compile(r"system role|role.{0,30}system|'system'|roles must alternate", re.I)

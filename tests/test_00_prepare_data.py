@@ -1031,6 +1031,11 @@ def test_languages_are_a_set(tmp_path):
     root, out = miracl(tmp_path / "in", ["ko", "th"]), tmp_path / "out"
     prepare("miracl", root, out, "--lang", "th", "ko")
     assert "up to date" in prepare("miracl", root, out, "--lang", "ko", "th", "ko")
+    path = tmp_path / "out.meta.json"  # as it was before they were
+    meta = json.loads(path.read_text("utf-8"))
+    meta["arguments"] |= {"lang": ["th", "ko", "th"], "answer_tokens": 16}
+    path.write_text(json.dumps(meta))
+    assert "up to date" in prepare("miracl", root, out, "--lang", "ko", "th")
 
 
 def test_a_bad_input_leaves_a_finished_output_alone(tmp_path):

@@ -686,6 +686,8 @@ def test_a_target_larger_than_the_corpus_is_an_error(data, server):
     with pytest.raises(load_stage("03_generate_negatives").DataError, match=f"cannot give {n} negatives"):
         generate(data, server, target=n)
     assert server.seen == []
+    with pytest.raises(load_stage("03_generate_negatives").DataError, match="the guards rejected"):
+        generate(data, server, "--mode", "write", target=n)  # where the texts are written
 
 
 def test_bad_input_is_one_line_and_exit_2(data, server):

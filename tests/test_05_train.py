@@ -491,8 +491,9 @@ def test_of_epochs_with_equal_scores_the_last_is_kept_and_told(made, monkeypatch
 
 def test_other_peoples_files_are_neither_replaced_nor_deleted(made, tmp_path):
     few = "--max-steps", 1, "--dev-share", 0
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "log").touch()  # as mktemp makes it
     for path in (made / "topics.jsonl", tmp_path / "notes.txt"):
-        path.touch()
         before = path.read_bytes()
         with pytest.raises(stage.DataError, match="the file is there, and no log of batches"):
             stage.main(arguments(made, "logged", *few, "--log-batches", path))
@@ -504,6 +505,7 @@ def test_other_peoples_files_are_neither_replaced_nor_deleted(made, tmp_path):
     notes = made / "kept.checkpoint/notes.txt"
     notes.parent.mkdir()
     notes.write_text("mine")
+    (notes.parent / ".last.pt.4242.tmp").write_text("of a kill")
     stage.main(arguments(made, "kept", *few, "--overwrite"))
     assert notes.read_text() == "mine" and [path.name for path in notes.parent.iterdir()] == ["notes.txt"]
     (made / "a-file").write_text("mine")

@@ -576,6 +576,7 @@ CASES = [  # (command, what is wrong: {file: content} or [flags], what the line 
     ("02", ["--out", "candidates.jsonl", "--overwrite"], "candidates.jsonl is where the input lies"),
     ("04", ["--out", "topics.jsonl", "--overwrite"], "topics.jsonl is where the input lies"),
     ("04", ["--out", "model/topics.jsonl"], "model/topics.jsonl lies in the model model"),
+    ("01", ["--retrievers", "model", "--out", "model/candidates.jsonl"], "lies in the model model"),
     ("04", ["--out", "filtered.jsonl"], "filtered.jsonl exists and was not made by this script"),
     ("04", {"filtered.jsonl.meta.json": '{"script": "02_filter_false_negatives.py"}', "out/topics.jsonl": "x",
             "out/topics.jsonl.meta.json": '{"script": "01_mine_candidates.py"}'},

@@ -518,11 +518,18 @@ def test_a_collection_that_is_there_is_used_as_it_is(copy):
     """Unless its source is named, or is the sample; and `make clean` leaves it."""
     (copy / "data/mine").mkdir(parents=True)
     (copy / "data/mine/train.jsonl").touch()
-    kept = "DATA=data/mine", "RUN=runs/mine"
-    assert "00_prepare_data.py" not in dry(copy, *kept)
+    kept = "DATA=data/mine/", "LANGS=sw"
+    commands = dry(copy, *kept)
+    assert "00_prepare_data.py" not in commands and " --out runs/mine/model " in commands["05_train.py"][1]
     assert "00_prepare_data.py" in dry(copy, *kept, "DATA_SOURCE=beir")
     clean = subprocess.run(["make", "-n", "clean", *kept], cwd=copy, env=OUTSIDE, capture_output=True, text=True)
     assert "runs/mine" in clean.stdout and "data/mine" not in clean.stdout
+    (copy / "models/mine").mkdir(parents=True)  # somebody's: no build.json
+    clean = subprocess.run(["make", "-n", "clean", *kept], cwd=copy, env=OUTSIDE, capture_output=True, text=True)
+    assert "models" not in clean.stdout
+    quality = ["make", "-n", "judge-quality", *kept]
+    told = subprocess.run(quality, cwd=copy, env=OUTSIDE, capture_output=True, text=True).stdout
+    assert "--truth" not in told and "--out results/judge-quality-mine" in told
     (copy / "data/mine.meta.json").write_text('{"arguments": {\n "source": "sample"}}')
     assert "00_prepare_data.py" in dry(copy, *kept)
     assert " --out models/mine" in subprocess.run(

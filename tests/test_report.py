@@ -386,6 +386,21 @@ def test_parts_that_are_not_of_the_last_training_are_told(report, tmp_path):
         assert ("`model` was not made from `topics.jsonl` as it is" in text) == (stale == "topics")
 
 
+def test_a_part_that_has_become_stale_is_told_without_overwrite(report, tmp_path):
+    run = make_run(tmp_path)
+    make_report(report, run)
+    write(run / "filtered.jsonl", "")
+    meta = json.loads((run / "augmented.jsonl.meta.json").read_text("utf-8"))
+    write(run / "augmented.jsonl.meta.json", meta | {"inputs": [{"digest": "x"}]})
+    assert "was not made from `filtered.jsonl` as it is now" in make_report(report, run)
+    write(run / "candidates.jsonl", "")
+    meta = json.loads((run / "filtered.jsonl.meta.json").read_text("utf-8"))
+    write(run / "filtered.jsonl.meta.json", meta | {"inputs": [{"digest": "x"}]})
+    assert "was not made from `candidates.jsonl` as it is now" in make_report(report, run)
+    (run / "candidates.jsonl").unlink()
+    assert "candidates.jsonl" not in make_report(report, run)
+
+
 def test_a_test_against_ours_is_shown_as_one_of_ours(report, tmp_path):
     run = make_run(tmp_path)
     straight = make_report(report, run)

@@ -53,7 +53,7 @@ def encoder_flags(parser):
 
 
 def flags_given(args, models):
-    """The arguments of Encoder that are flags; DataError where --settings names none of the models."""
+    """The arguments of Encoder that are flags; DataError where --settings are none, or of no model here."""
     models = [model for model in models if model != "bm25"]
     names = list(map(short_name, models))
     read_settings(args.settings, names)

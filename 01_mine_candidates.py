@@ -37,10 +37,10 @@ def build_parser():
                         help="ensemble: candidates for 02; the others, of Table 2, write negatives: topk: "
                              "the top k as they are; shifted: the top k after skipping --shift; abs: the "
                              "best that score under --max-score; margin: the best under the lowest "
-                             "positive's score minus --margin; percent: the best under --percent of it")
+                             "positive's score minus --margin; percent: the best under --percent of it. "
+                             "Scores of several retrievers add up, --weights .5 .5 gives their mean")
     parser.add_argument("--shift", type=whole, default=10, help="ranks to skip under --strategy shifted")
-    parser.add_argument("--max-score", type=finite, default=0.6, help="score under --strategy abs; scores of "
-                        "several retrievers add up, --weights .5 .5 gives their mean")
+    parser.add_argument("--max-score", type=finite, default=0.6, help="score under --strategy abs")
     parser.add_argument("--margin", type=finite, default=0.15, help="below the positive, --strategy margin")
     parser.add_argument("--percent", type=finite, default=0.9, help="of the positive, --strategy percent")
     parser.add_argument("--exclude-same-article", action="store_true",

@@ -190,9 +190,9 @@ def report(args, table, reasons, llms):
     """Say what became of the candidates; DataError where too few were judged or none is left."""
     total = sum(table.values(), Counter())
     for lang, n in sorted(table.items()):
-        rate = n["removed"] / max(1, n["candidates"])
-        say(f"{lang}: {n['candidates']} candidates, removed {n['removed']} ({rate:.1%}), kept {n['kept']}, "
-            f"human {n['human']}, unjudged {n['unjudged']}"
+        rate = (n["removed"] + n["relabelled"]) / max(1, n["judged"])
+        say(f"{lang}: {n['candidates']} candidates, human {n['human']}; of {n['judged']} judged {rate:.1%} "
+            f"false negatives; removed {n['removed']}, kept {n['kept']}, unjudged {n['unjudged']}"
             + (f"; {n['positives']} more are positives, left out" if n["positives"] else "")
             + (f", relabelled as positives {n['relabelled']}" if args.relabel_at else ""))
     for reason, n in reasons.most_common(10):

@@ -216,7 +216,8 @@ def score(args):
         if row["removed"] not in ("0", "1"):
             raise DataError(f"{args.key}:{line}: removed is {row['removed'][:20]!r}; want 0 or 1, as it was")
     labels = read_labels(args, key)
-    rows = [["lang", "rated", "agreement %", "of removed: relevant %", "of kept: irrelevant %", "kappa"]]
+    rows = [["lang", "rated", "agreement %", "of removed: relevant %", "of kept: irrelevant %", "kappa",
+             "kappa of removed"]]  # the second is that of App. C
     for lang in [*sorted({row["lang"] for row in key.values()}), "all"]:
         items = [item for item, row in key.items() if lang in (row["lang"], "all") and labels[item]]
         agree = {"1": [], "0": []}  # removed by the judge -> [whether most annotators say so, too]
@@ -224,9 +225,11 @@ def score(args):
             said = sum(labels[item].values()) / len(labels[item])
             if said != 0.5:  # a tie decides nothing
                 agree[key[item]["removed"]].append((said > 0.5) == (key[item]["removed"] == "1"))
-        complete = [list(labels[item].values()) for item in items if len(labels[item]) == len(args.sheets)]
+        complete = {item: list(labels[item].values()) for item in items
+                    if len(labels[item]) == len(args.sheets)}
+        of_removed = [said for item, said in complete.items() if key[item]["removed"] == "1"]
         shares = map(share, (agree["1"] + agree["0"], agree["1"], agree["0"]))
-        rows.append([lang, len(items), *shares, kappa(complete)])
+        rows.append([lang, len(items), *shares, kappa(list(complete.values())), kappa(of_removed)])
     show(*rows)
 
 

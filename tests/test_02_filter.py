@@ -895,6 +895,18 @@ def test_a_higher_drop_at_is_advised_only_where_it_keeps_more(tmp_path, grades, 
     assert ("try --drop-at 2" in told) == advised
 
 
+def test_the_share_of_false_negatives_is_of_the_judged_and_counts_the_relabelled(tmp_path, capsys):
+    row = records(1, 0, 0)[0]
+    row["negative_passages"] = [passage(f"h{n}", f"judged {n}") | {"source": "human"} for n in (1, 2)]
+    row["candidate_passages"] = graded(0, 1) + graded(1, 1) + graded(2, 2)
+    write(tmp_path / "in.jsonl", [row])
+    with Running() as server:
+        filter_(tmp_path, server.url, "--relabel-at", 2)
+    assert f"{row['lang']}: 6 candidates, human 2; of 4 judged 75.0% false negatives; removed 1, kept 3," in (
+        capsys.readouterr().err
+    )
+
+
 def test_an_export_removes_its_own_earlier_files_alone(tmp_path):
     write(tmp_path / "in.jsonl", records(1))
     for name in ("b.jsonl", "b-2.jsonl", "b-answers.jsonl", "b-2-errors.jsonl"):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import pytest
 from conftest import load_stage
@@ -273,6 +274,13 @@ def fill(sheet, path, label):
     return path
 
 
+def scored(capsys, sheet, *sheets):
+    """{lang: cells} of the table that score prints."""
+    run("score", *sheets, "--key", f"{sheet}.key.csv")
+    rows = [re.split("  +", line) for line in capsys.readouterr().out.splitlines()]
+    return {lang: cells for lang, *cells in rows}
+
+
 def test_score_gives_agreement_and_kappa(sheet, tmp_path, capsys):
     key = {k["item"]: k["removed"] for k in read(f"{sheet}.key.csv")}
     ann = fill(sheet, tmp_path / "ann.csv", key.get)  # agrees with the judge everywhere
@@ -280,21 +288,26 @@ def test_score_gives_agreement_and_kappa(sheet, tmp_path, capsys):
     eve = fill(
         sheet, tmp_path / "eve.csv", lambda item: "1" if item.startswith("te") else key[item]
     )  # in te: all relevant
-    run("score", ann, bob, "--key", f"{sheet}.key.csv")
-    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert lines["all"].count("100.0 [") == 3 and lines["all"].endswith("1.000 of 16")
-    run("score", ann, eve, "--key", f"{sheet}.key.csv")
-    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    rows = scored(capsys, sheet, ann, bob)
+    assert " ".join(rows["all"]).count("100.0 [") == 3
+    assert rows["all"][-2:] == ["1.000 of 16", "-"]  # what was removed all call relevant: so would chance
+    rows = scored(capsys, sheet, ann, eve)
     # te: 4 items (1, 1), 4 items (0, 1): observed 0.5, chance 0.75^2 + 0.25^2 = 0.625, kappa = -0.125 / 0.375
-    assert (
-        lines["te"].endswith("-0.333 of 8")
-        and lines["ko"].endswith("1.000 of 8")
-        and "100.0 [51.0, 100.0] of 4" in lines["te"]
-    )
-    assert lines["te"].count(" of 4") == 2 and "  -  " in lines["te"]  # a tie decides nothing
-    run("score", eve, "--key", f"{sheet}.key.csv")
-    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert "50.0 [21.5, 78.5] of 8" in lines["te"] and lines["te"].endswith("  -")
+    assert rows["te"][-2:] == ["-0.333 of 8", "-"] and rows["ko"][-2:] == ["1.000 of 8", "-"]
+    agreed = "100.0 [51.0, 100.0] of 4"
+    assert rows["te"][1:4] == [agreed, agreed, "-"]  # a tie decides nothing
+    rows = scored(capsys, sheet, eve)
+    assert rows["te"][1] == "50.0 [21.5, 78.5] of 8" and rows["te"][-1] == "-"
+
+
+def test_kappa_of_what_was_removed_is_given_on_its_own(sheet, tmp_path, capsys):
+    """As in App. C; all eight, half of them kept, would give a half."""
+    key = {k["item"]: k["removed"] for k in read(f"{sheet}.key.csv")}
+    removed = sorted(item for item, is_removed in key.items() if is_removed == "1" and item.startswith("te"))
+    dan = fill(sheet, tmp_path / "dan.csv", lambda item: "1" if item in removed[:2] else "0")
+    gus = fill(sheet, tmp_path / "gus.csv", lambda item: "1" if item in removed[::2] else "0")
+    # (1, 1), (1, 0), (0, 1), (0, 0): observed and by chance a half; of all: 0.75, 0.75^2 + 0.25^2
+    assert scored(capsys, sheet, dan, gus)["te"][-2:] == ["0.333 of 8", "0.000 of 4"]
 
 
 @pytest.mark.parametrize(

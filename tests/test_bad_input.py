@@ -114,7 +114,7 @@ def whole(tmp_path_factory):
     scores = {lang: {"ndcg@10": 0.5, "recall@100": 0.5, "queries": 3} for lang in ("sw", "th", "avg")}
     parted = {"negative_passages": [passage(8)], "false_negatives": gone}
     told = {"models": {"bm25": scores, "model": scores}, "tests": [], "settings": {"zero_shot": []}}
-    counts = {"counts": {"by_lang": {"sw": {"candidates": 3, "removed": 1}}}, "arguments": {"llm": "judge"}}
+    counts = {"counts": {"by_lang": {"sw": {"judged": 3, "removed": 1}}}, "arguments": {"llm": "judge"}}
     texts = {
         "data/train.jsonl": lines(*queries),
         "data/dev.jsonl": lines(*(q | {"query": q["query"] + " lini"} for q in queries)),

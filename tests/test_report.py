@@ -104,7 +104,13 @@ def make_run(
             "counts": {
                 "calls": {"asked": 777, "prompt_tokens": 8888, "completion_tokens": 999},
                 "by_lang": {
-                    lang: {"candidates": 200 * i, "removed": 10 * i * i} for i, lang in enumerate(langs, 1)
+                    lang: {
+                        "candidates": 200 * i + 7,  # seven that people judged
+                        "judged": 200 * i,
+                        "removed": 10 * i * i - 1,
+                        "relabelled": 1,
+                    }
+                    for i, lang in enumerate(langs, 1)
                 },
             },
         },
@@ -434,6 +440,15 @@ def test_a_training_without_held_out_queries_has_its_loss_alone(report, tmp_path
     lines = [{"step": 1, "epoch": 0.5, "lang": "th", "loss": 3.0}, last]
     write(run / "model/train_log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     assert "![Training loss goes from 3.00 to 1.00](" in make_report(report, run)
+
+
+def test_of_equal_epochs_the_last_is_told_as_the_best(report, tmp_path):
+    """The one that stage 05 keeps."""
+    run = make_run(tmp_path)
+    lines = [{"step": n, "epoch": n, "loss": 1.0, "dev": {"th": {}}, "dev_mrr@10": m}
+             for n, m in enumerate((0.7, 0.7, 0.6), 1)]
+    write(run / "model/train_log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    assert "rank best after epoch 2 of 3" in make_report(report, run)
 
 
 def test_what_is_missing_is_left_out_and_said(report, tmp_path):

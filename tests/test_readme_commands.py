@@ -113,13 +113,14 @@ def project(tmp_path_factory):
 def shell(project):
     def run(*command):
         env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(project / "hub")}
+        env["PYTHONFAULTHANDLER"] = "1"  # an aborted process tells where
         env = {
             k: v
             for k, v in env.items()
             if k not in ("OPENAI_BASE_URL", "OPENAI_API_KEY", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")
         }
         done = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, encoding="utf-8")
-        assert done.returncode == 0, f"{command[-1]}\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}"
+        assert done.returncode == 0, f"{command[-1]}\n{done.stdout[-1000:]}\n{done.stderr[-20_000:]}"
         return done.stdout
 
     return run

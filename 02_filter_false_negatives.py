@@ -17,6 +17,7 @@ Cost    a call a candidate (MIRACL: 1.6 million; --dry-run tells), 1 ms of a cor
 import asyncio
 import contextlib
 import functools
+import itertools
 import re
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -263,10 +264,12 @@ def dry_run(args):
 def export(args):
     """Write what is still to be asked as OpenAI batch files, one model a file: FILE, FILE-2, ..."""
     path = Path(args.batch_export)
-    old = [p for p in (path, *path.parent.glob(f"{path.stem}-*{path.suffix}"))
-           if p.exists() and re.fullmatch(r"|-\d+", p.stem.removeprefix(path.stem))]
-    if old and not args.overwrite:
-        raise DataError(f"{old[0]} exists; pass --overwrite or another --batch-export")
+    numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+    old = [path] * path.exists() + list(itertools.takewhile(Path.exists, numbered))
+    for earlier in old:
+        if not args.overwrite or b'"method": "POST"' not in open(earlier, "rb").readline():
+            raise DataError(f"{earlier} exists; choose another --batch-export, or pass --overwrite, which "
+                            "replaces an earlier export and nothing else")
     paths = []
     files = {}  # model -> the file that is being filled
     n_lines = Counter()  # of a file

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common import DataError, Parser, atomic, dump, open_text, positive_int, progress, read_queries, run, say
+from common import (DataError, Parser, atomic, check_lang, dump, open_text, positive_int, progress,
+                    read_queries, run, say)
 from llm import digest, from_flags, in_order, judge_candidates, judge_flags
 
 
@@ -122,6 +123,8 @@ def calibrate(args):
 
 
 def check_new(args, path):
+    if Path(path).resolve() == Path(args.input).resolve():
+        raise DataError(f"{path} is the input; choose another --out")
     if Path(path).is_dir() or Path(path).exists() and not args.overwrite:
         raise DataError(f"{path} exists; pass --overwrite (for a file) or another --out")
 
@@ -213,6 +216,7 @@ def score(args):
     key = {}
     for line, row in read_csv(args.key, ["item", "lang", "removed"]):
         key[row["item"]] = row
+        check_lang(row["lang"], f"{args.key}:{line}")
         if row["removed"] not in ("0", "1"):
             raise DataError(f"{args.key}:{line}: removed is {row['removed'][:20]!r}; want 0 or 1, as it was")
     labels = read_labels(args, key)

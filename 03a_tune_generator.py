@@ -274,7 +274,9 @@ def tune(args, output):
         output.finish(temporary, steps=result.global_step, examples=len(train_set), held_out=len(dev_set),
                       cut_off=len(records) - len(examples), held_out_loss_before=losses[0],
                       held_out_loss_after=losses[-1])
-    shutil.rmtree(checkpoints.parent)
+    shutil.rmtree(checkpoints)
+    with contextlib.suppress(OSError):  # others' files there stay
+        checkpoints.parent.rmdir()
 
 
 def merge(args):
@@ -298,6 +300,9 @@ def main(argv=None):
     output = Output(args, [args.instructions], models, parts=["*"])  # not merged/
     del output.meta["arguments"]["merge"]  # the adapter is the same without it
     if not output.is_done():
+        for folder in Path(args.out).glob("*/"):
+            if folder.name != "merged" or not args.overwrite:
+                raise DataError(f"{folder} is of another adapter, or somebody else's; move it away")
         if args.translate:
             asyncio.run(translate_all(args, output))
         else:

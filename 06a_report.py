@@ -10,6 +10,7 @@ Cost    seconds; one pass over topics.jsonl
 """
 import contextlib
 import json
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -116,6 +117,11 @@ def markdown(header, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+def plain(text):
+    """Words of the data in a table: one line, no mark-up."""
+    return re.sub(r"[\\`*_\[\]<>|!]", r"\\\g<0>", " ".join(text.split()))
+
+
 def named(lang, note=""):
     return "**all**" if lang == "all" else f"{LANGUAGES.get(lang, lang)} ({lang}{note})"
 
@@ -217,7 +223,8 @@ def sources_table(found):
         numbers = [*(counts[kind] for kind in kinds), counts["generated-query"] + counts["written"]]
         shares = [f"{100 * n / max(1, counts.total()):.2f}" for n in numbers]
         rows.append([named(lang), counts.total(), *shares])
-    table = markdown(["language", "negatives", *(f"{kind}, %" for kind in [*kinds, "from stage 2"])], rows)
+    heads = (f"{plain(kind)}, %" for kind in [*kinds, "from stage 2"])
+    table = markdown(["language", "negatives", *heads], rows)
     return f"{table}\n\nIn the paper {PAPER['from_stage_2']}% of the negatives come from stage 2, on average."
 
 
@@ -228,7 +235,7 @@ def topics_table(found):
     rows = []
     for topic, own in sorted(titles.items()):
         telling = sorted(set(own) - {""}, key=lambda title: (-own[title] ** 2 / overall[title], title))[:6]
-        names = ", ".join(" ".join(title.replace("|", "/").split()) for title in telling)
+        names = ", ".join(map(plain, telling))
         share = f"{100 * own.total() / overall.total():.1f}"
         rows.append([topic, own.total(), share, len(found["records"]["langs"][topic]), names])
     return markdown(["topic", "queries", "%", "languages", "titles that are most its own"], rows)

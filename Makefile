@@ -97,6 +97,7 @@ COLLECTION := $(notdir $(abspath $(DATA)))
 SMALL := $(if $(filter $(abspath models/$(COLLECTION)),$(abspath $(ENCODER))),models/$(COLLECTION))
 # whether DATA is there already and is no sample, while no source is named
 FROM_SAMPLE := $(shell grep -l '"source": "sample"' $(DATA).meta.json 2>/dev/null)
+MADE := $(shell grep -l '"script": "00_prepare_data.py"' $(DATA).meta.json 2>/dev/null)
 KEPT := $(and $(filter file,$(origin DATA_SOURCE)),$(if $(DATA_ROOT)$(FROM_SAMPLE),,yes),$(wildcard $(DATA)/train.jsonl))
 # the settings of KIND; chunks of tokens take 6 GB of memory where whole batches take 17
 EPOCHS_small := 8
@@ -201,7 +202,7 @@ sample: .venv/installed
 	$(PY) sample/make_sample.py
 
 clean:
-	rm -rf $(if $(KEPT),,$(DATA) $(DATA).meta.json) $(RUN) $(patsubst %/build.json,%,$(wildcard $(SMALL:%=%/build.json)))
+	rm -rf $(if $(KEPT),,$(if $(MADE),$(DATA) $(DATA).meta.json)) $(RUN) $(patsubst %/build.json,%,$(wildcard $(SMALL:%=%/build.json)))
 
 help:
 	@sed -n '/^# make /,/^$$/s/^# //p' Makefile

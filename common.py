@@ -18,6 +18,7 @@ import signal
 import sqlite3
 import sys
 import time
+import traceback
 import unicodedata
 import weakref
 import zlib
@@ -38,7 +39,7 @@ LANGUAGES = {"ar": "Arabic", "bn": "Bengali", "de": "German", "en": "English", "
              "fa": "Persian", "fi": "Finnish", "fr": "French", "hi": "Hindi", "id": "Indonesian",
              "ja": "Japanese", "ko": "Korean", "ru": "Russian", "sw": "Swahili", "te": "Telugu",
              "th": "Thai", "yo": "Yoruba", "zh": "Chinese"}
-LANG = re.compile("[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8})*")  # it names files and stands in prompts
+LANG = re.compile("[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8}){,3}")  # it names files and stands in prompts
 # what a terminal obeys or shows in another order, but for line ends
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 LISTS = ("positive_passages", "negative_passages", "candidate_passages", "false_negatives")  # of passages
@@ -66,6 +67,7 @@ def run(main):
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's `&` and nohup turn off
     signal.signal(signal.SIGTERM, terminate)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # a shell's `2>&-`
     try:
         sys.exit(main())
     except DataError as error:
@@ -73,11 +75,13 @@ def run(main):
         sys.exit(2)
     except Exception as error:
         if not of_disk_or_reader(error):
+            traceback.clear_frames(error.__traceback__)  # a generator they hold would wait for its event loop
             raise
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
         told = " ".join(str(error).split())
-        say(f"{told}; mend that (a full disk?): the same command goes on with what there is")
+        with contextlib.suppress(OSError):  # stderr may be what is full
+            say(f"{told}; mend that (a full disk?): the same command goes on with what there is")
         sys.exit(2)
     except KeyboardInterrupt:
         again = "the same command" + " without --overwrite" * ("--overwrite" in sys.argv)
@@ -465,7 +469,7 @@ def lock(path, wait=True):
     name = beside(path, "lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        file = open(name, "w")
+        file = open(name, "a")  # it may be a link: nothing is emptied
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -616,7 +620,7 @@ class Output:
             say(f"{self.path} is up to date")
             return True
         others = min(found.keys() - made.keys(), default=None)
-        if others and not self.parts:
+        if others:
             raise DataError(f"{self.path} holds {others}, which this script did not make; move it away, or "
                             "take another --out")
         if not self.overwrite:

@@ -34,7 +34,8 @@ class Answers:
         path.touch(mode=0o600)  # private; SQLite's own files beside it get the same mode
         with self._errors_told():
             self.db = sqlite3.connect(path, timeout=60, isolation_level=None)  # waits 60 s for others
-            for _ in range(600):  # a minute: SQLite does not wait here for others that open the file
+            until = time.monotonic() + 60
+            while time.monotonic() < until:  # SQLite does not wait here for others that open the file
                 with contextlib.suppress(sqlite3.OperationalError):
                     self.db.execute("PRAGMA journal_mode = WAL")
                     break
@@ -75,7 +76,7 @@ class Answers:
         if not earlier.exists():
             return None
         for line in earlier.read_bytes().splitlines():
-            with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
+            with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 record = json.loads(line)
                 self.store(str(record["key"]), storable(record["text"]))
         say(f"{self.path}: took over the answers of {earlier}, now {earlier.name}.imported")
@@ -191,6 +192,7 @@ class LLM:
         self.useless = Counter()  # answers, by reason
         self.n_done = 0  # prompts that have their answer, or never will
         self.client = None
+        self.secret = ""  # the key
         self.under_way = {}  # {key: event} of prompts: the same one waits for its answer
         self.reached = set()  # the kinds of request that were answered
         self.refused = {}  # parameters, in order
@@ -233,7 +235,8 @@ class LLM:
         except httpx2.InvalidURL:
             known = False
         if not known:
-            raise DataError(f"--base-url or OPENAI_BASE_URL is {url!r}; want http://HOST:PORT/v1")
+            shown = re.sub("//[^/@]*@", "//***@", url)  # a password
+            raise DataError(f"--base-url or OPENAI_BASE_URL is {shown!r}; want http://HOST:PORT/v1")
         # aiohttp as the transport: twice the calls/s of the default one (bench/judge_throughput.py)
         http = openai.DefaultAioHttpClient(limits=httpx2.Limits(max_connections=self.concurrency))
         self.client = openai.AsyncOpenAI(base_url=url, api_key=self.secret, http_client=http, max_retries=0,
@@ -248,7 +251,7 @@ class LLM:
             told = [model["id"], model.get("root"), model.get("parent"), size]
         except Exception:  # not every server has the list; what is wrong with others the first call tells
             return None
-        return " ".join(str(part) for part in told if part not in (None, self.model)) or None
+        return self._hidden(" ".join(str(part) for part in told if part not in (None, self.model))) or None
 
     async def ask(self, messages, parse=lambda text: text.strip() or None, wanted="", **settings):
         """(parse(answer), None), or (None, the reason) where parse gave None: such answers are not stored.
@@ -305,10 +308,10 @@ class LLM:
         return key, without_thoughts(text)
 
     def _use(self, name):
-        """Two models behind one name are told."""
-        if name not in self.names:
+        """Two models behind one name are told; a few more are kept, which may be as many as answers."""
+        if name not in self.names and len(self.names) < 4:
             self.names[name] = name or "a model that is not named"
-            if len(self.names) > 1:
+            if len(self.names) == 2:
                 say(f"{self.model}: answers of {' and '.join(self.names.values())} are used together; "
                     "--llm-version TEXT keeps them apart")
 
@@ -370,7 +373,7 @@ class LLM:
         most, n_most = self.useless.most_common(1)[0]
         if n >= self.TRIAL and 2 * n_useless > n and kind == most:
             raise self._stop(f"{n_useless / n:.0%} of {n} answers are of no use; {n_most} are {most}, "
-                             f"such as {(text or reason)[:200]!r}; "
+                             f"such as {self._hidden(text or reason)[:200]!r}; "
                              f"try {self.TO_TRY.get(most, 'other settings')}")
 
     def _stop(self, trouble):
@@ -458,7 +461,10 @@ class LLM:
         import openai
         try:
             # not create(): it checks types that we know, at 1.7 times the CPU time a call
-            answer = await self.client.post("/chat/completions", cast_to=object, body=body)
+            async with asyncio.timeout(self.timeout + 1):  # the client's own is of each piece of an answer
+                answer = await self.client.post("/chat/completions", cast_to=object, body=body)
+        except TimeoutError:
+            return None, 408, f"no answer in {self.timeout:g} s", 0
         except openai.APIStatusError as error:
             told = self._told(error.status_code, error.body or error)
             if self.TOO_FEW.search(told):  # OpenAI's thinking models say so
@@ -471,7 +477,7 @@ class LLM:
             while error.__cause__:  # the first cause knows most
                 error = error.__cause__
             return None, 503, self._told(type(error).__name__, error), 0
-        except (ValueError, openai.OpenAIError, httpx2.HTTPError, aiohttp.ClientError):
+        except (ValueError, RecursionError, openai.OpenAIError, httpx2.HTTPError, aiohttp.ClientError):
             return None, 200, "", 0  # hardly HTTP, or no JSON: broken
         choices = answer.get("choices") if isinstance(answer, dict) else None
         first = choices[0] if choices and isinstance(choices, list) else answer
@@ -491,9 +497,10 @@ class LLM:
         usage = answer.get("usage")
         for kind in ("prompt_tokens", "completion_tokens"):
             n = usage.get(kind) if isinstance(usage, dict) else None
-            self.stats[kind] += n if isinstance(n, int) else 0
+            self.stats[kind] += n if isinstance(n, int) and 0 <= n < 1e9 else 0
         name = answer.get("model")
-        self.answered_by = self.served or (name if isinstance(name, str) and name != self.model else None)
+        other = isinstance(name, str) and name != self.model
+        self.answered_by = self.served or (self._hidden(name) if other else None)
         self._use(self.answered_by)
 
     def _note_late(self, started):
@@ -531,7 +538,7 @@ class LLM:
         return bool(named)
 
     def _told(self, status, message):
-        """What the server said, in one line, without the key."""
+        """What the server said, in one line."""
         if isinstance(message, dict):
             detail = message.get("detail")
             if isinstance(detail, list):  # FastAPI's: without the request, which it repeats
@@ -539,10 +546,12 @@ class LLM:
                                    else str(found) for found in detail)
             parts = [message.get("message") or detail or message, message.get("param")]
             message = " ".join(str(part) for part in parts if part)
-        told = f"{status}: {' '.join(str(message).split())}"
-        if len(self.secret) > 5:  # a real key, not the word `local`
-            told = told.replace(self.secret, "***")
-        return told[:300]
+        return self._hidden(f"{status}: {' '.join(str(message).split())}")[:300]
+
+    def _hidden(self, text):
+        """What a server said, as it can be written anywhere, without the key."""
+        text = storable(text)
+        return text.replace(self.secret, "***") if len(self.secret) > 5 else text  # not the word `local`
 
 
 def retry_after(headers):
@@ -550,8 +559,9 @@ def retry_after(headers):
     told = headers.get("retry-after", "")
     with contextlib.suppress(ValueError):
         return min(max(0, float(told)), 1e9)
-    when = email.utils.parsedate_tz(told)
-    return max(0, email.utils.mktime_tz(when) - time.time()) if when else 0
+    with contextlib.suppress(ValueError, OverflowError, TypeError):  # of years that there are not, of no date
+        return max(0, email.utils.mktime_tz(email.utils.parsedate_tz(told)) - time.time())
+    return 0
 
 
 def digest(request):
@@ -681,6 +691,7 @@ def read_object(pairs):
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=read_object)
+LONGEST = 10_000  # characters of a judgment: what is below grows with their square in the worst case
 
 
 def json_objects(text):
@@ -709,6 +720,8 @@ def parse_judgment(text, shown=()):
     It may be fenced, in prose, have further keys. Two different judgments say nothing, nor does one that
     stands in prose and in a passage that the model was shown: it may be copied.
     """
+    if len(text) > LONGEST:
+        return None
     text = re.sub(r"^```(?:json)?\s*|\s*```$", "", text.strip())
     found = [(answer, source) for answer, source in json_objects(text) if answer.keys() & set(SCORES)]
     judgments = {tuple(read_score(answer.get(name)) for name in SCORES) for answer, _ in found}

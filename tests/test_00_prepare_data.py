@@ -1010,6 +1010,16 @@ def test_what_others_put_into_the_folder_stays_at_every_depth(tmp_path):
     assert (out / "link").is_symlink() and (out / "folder").is_symlink()
 
 
+@pytest.mark.parametrize("name", ["corpus/de.jsonl", "qrels/dev/de.tsv"])
+def test_what_others_put_where_it_would_be_replaced_is_told(tmp_path, name):
+    out = tmp_path / "out"
+    prepare("miracl", miracl(tmp_path / "in"), out)
+    write(out / name, "mine")
+    done = run_stage(SCRIPT, "--source", "miracl", "--root", tmp_path / "in", "--out", out, "--limit", 1)
+    assert done.returncode == 2 and f"holds {name}, which this script did not make" in done.stderr
+    assert (out / name).read_text() == "mine"
+
+
 def test_a_collection_of_another_source_is_not_replaced(tmp_path):
     """As `make all DATA=FOLDER` would, whose default source is the sample."""
     out = tmp_path / "out"

@@ -224,6 +224,16 @@ def test_what_was_relabelled_is_sampled_among_the_removed(sheet, tmp_path):
     assert len(removed) == 4 * 4 and all(removed[f"new{n}"] == "2" for n in range(4))
 
 
+def test_a_sheet_does_not_replace_its_input_and_a_key_steers_no_terminal(sheet, tmp_path):
+    flags = ["--input", tmp_path / "filtered.jsonl", "--out", tmp_path / "filtered.jsonl", "--overwrite"]
+    with pytest.raises(DataError, match="is the input"):
+        run("sample", *flags)
+    key = tmp_path / "sheet.csv.key.csv"
+    key.write_text(key.read_text("utf-8-sig").replace("te,", "te\x1b]0;x\x07,"), "utf-8")
+    with pytest.raises(DataError, match="cannot name a file"):
+        run("score", sheet, "--key", key)
+
+
 def test_a_sheet_is_not_written_beside_the_key_of_another(sheet, tmp_path):
     sheet.unlink()
     with pytest.raises(DataError, match="sheet.csv.key.csv exists"):

@@ -609,5 +609,21 @@ def test_merging_a_finished_adapter_does_not_tune_it_again(top):
     assert tune(top, "later", "--merge").returncode == 0 and merged.stat().st_mtime_ns == written
 
 
+def test_a_folder_in_the_adapters_is_not_replaced(top, capsys):
+    """What was merged, for the same adapter is not made again; somebody's notes."""
+    stage = load_stage("03a_tune_generator")
+    flags = ["--base", top / "base", "--instructions", top / "chats.jsonl", "--device", "cpu", "--limit", 12]
+    flags = [*map(str, flags), "--epochs", "1", "--out", str(top / "small")]
+    checkpoint = top / "small.checkpoint/mine"
+    checkpoint.mkdir(parents=True)
+    stage.main(flags)
+    assert checkpoint.is_dir()
+    for name in ("notes", "merged"):
+        (top / "small" / name).mkdir()
+        with pytest.raises(stage.DataError, match=f"small/{name} is of another adapter, or somebody else's"):
+            stage.main([*flags, "--seed", "2"])
+        (top / "small" / name).rmdir()
+
+
 def test_help_says_what_fits_on_one_gpu():
     assert "of one GPU" in run_stage("03a_tune_generator.py", "--help").stdout

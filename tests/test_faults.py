@@ -282,6 +282,16 @@ def test_the_same_command_then_ends_with_the_same_files(pipeline, server, stage,
     pipeline.check(stage)
 
 
+def test_a_link_that_is_called_like_a_lock_is_not_emptied(tmp_path):
+    (tmp_path / "precious").write_text("x")
+    (tmp_path / ".out.lock").symlink_to(tmp_path / "precious")
+    from common import lock
+
+    with lock(tmp_path / "out"):
+        pass
+    assert (tmp_path / "precious").read_text() == "x"
+
+
 def test_where_files_cannot_be_locked_it_says_so_and_goes_on(tmp_path, monkeypatch, capsys):
     import common
 

@@ -330,7 +330,8 @@ def test_an_empty_address_is_that_of_openai(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("headers, seconds", [({"retry-after": "2.5"}, 2.5), ({"retry-after": "7"}, 7),
-                                              ({}, 0), ({"retry-after": "soon"}, 0)])
+                                              ({}, 0), ({"retry-after": "soon"}, 0),
+                                              ({"retry-after": "Mon, 01 Jan 99999 00:00:00 GMT"}, 0)])
 def test_how_long_a_server_asks_to_wait(headers, seconds):
     assert llm.retry_after(headers) == seconds
     date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 60))

@@ -524,6 +524,9 @@ def test_a_collection_that_is_there_is_used_as_it_is(copy):
     assert "00_prepare_data.py" in dry(copy, *kept, "DATA_SOURCE=beir")
     clean = subprocess.run(["make", "-n", "clean", *kept], cwd=copy, env=OUTSIDE, capture_output=True, text=True)
     assert "runs/mine" in clean.stdout and "data/mine" not in clean.stdout
+    named = subprocess.run(["make", "-n", "clean", *kept, "DATA_SOURCE=beir"], cwd=copy, env=OUTSIDE,
+                           capture_output=True, text=True).stdout
+    assert "runs/mine" in named and "data/mine" not in named  # 00 did not make it
     (copy / "models/mine").mkdir(parents=True)  # somebody's: no build.json
     clean = subprocess.run(["make", "-n", "clean", *kept], cwd=copy, env=OUTSIDE, capture_output=True, text=True)
     assert "models" not in clean.stdout

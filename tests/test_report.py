@@ -442,6 +442,17 @@ def test_a_training_without_held_out_queries_has_its_loss_alone(report, tmp_path
     assert "![Training loss goes from 3.00 to 1.00](" in make_report(report, run)
 
 
+def test_what_the_data_say_is_no_mark_up_of_the_report(report, tmp_path):
+    run = make_run(tmp_path)
+    path = run / "topics.jsonl"
+    source = "mined | x\\n\\n# Forged\\n<script>"
+    text = path.read_text("utf-8").replace(TITLES["th"], "<img src=x> ![a](http://t) | b")
+    path.write_text(text.replace('"source": "mined"', f'"source": "{source}"', 1), "utf-8")
+    made = make_report(report, run)
+    assert "\n# Forged" not in made and r"mined \| x # Forged \<script\>, %" in made
+    assert r"\<img src=x\> \!\[a\](http://t) \| b" in made and "<img" not in made.replace(r"\<img", "")
+
+
 def test_of_equal_epochs_the_last_is_told_as_the_best(report, tmp_path):
     """The one that stage 05 keeps."""
     run = make_run(tmp_path)

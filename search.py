@@ -68,14 +68,8 @@ def gather(value):
 # --------------------------------------------------------------------------- exact search in one shard
 
 def best(parts, k):
-    """The k best of parts (scores, docids, rows), (N, m) each: by score, then by docid, as each part is."""
-    if len(parts) == 1:
-        return parts[0]
-    return in_order(*(np.concatenate(arrays, axis=1) for arrays in zip(*parts)), k)
-
-
-def in_order(scores, docids, rows, k):
-    """The k best of (N, m) each: by score, then by docid."""
+    """The k best of parts (scores, docids, rows), (N, m) each: by score, then by docid."""
+    scores, docids, rows = (np.concatenate(arrays, axis=1) for arrays in zip(*parts))
     order = np.lexsort((docids, -scores))[:, :k]
     return [np.take_along_axis(array, order, axis=1) for array in (scores, docids, rows)]
 
@@ -94,7 +88,7 @@ def nearest(queries, block, docids, k, n_found=None):
     scores = np.empty_like(found)
     pointers = [faiss.swig_ptr(array) for array in (scores, queries, block, rows)]
     faiss.fvec_inner_products_by_idx(*pointers, queries.shape[1], *rows.shape)
-    result = in_order(scores.astype(np.float64).round(6), docids[rows], rows, k)
+    result = best([(scores.astype(np.float64).round(6), docids[rows], rows)], k)
     tied = np.flatnonzero(found[:, -1] > found[:, k - 1] - TIE * max(1, np.abs(found).max()))
     if len(tied) and n_found < len(block):
         for array, more in zip(result, nearest(queries[tied], block, docids, k, 4 * n_found)):

@@ -114,7 +114,8 @@ def calibrate(args):
         rows.append([lang, *rates([pair for pair in results if pair["lang"] == lang], args.drop_at)])
     show(*rows, ["all", *rates(results, args.drop_at)])
     if args.out:
-        write_new(args, args.out, lambda file: file.writelines(map(dump, results)))
+        with atomic(args.out) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.writelines(map(dump, results))
     grades = Counter(pair["grade"] for pair in results if "grade" in pair)
     kinds = {pair["relevant"] for pair in results if "grade" in pair}
     if len(grades) == 1 and len(kinds) == 2:
@@ -127,13 +128,6 @@ def check_new(args, path):
         raise DataError(f"{path} is the input; choose another --out")
     if Path(path).is_dir() or Path(path).exists() and not args.overwrite:
         raise DataError(f"{path} exists; pass --overwrite (for a file) or another --out")
-
-
-def write_new(args, path, write):
-    check_new(args, path)
-    encoding = "utf-8-sig" if str(path).endswith(".csv") else "utf-8"  # spreadsheets want the mark
-    with atomic(path) as temporary, open(temporary, "w", encoding=encoding, newline="") as file:
-        write(file)
 
 
 def cell(value):
@@ -165,9 +159,12 @@ def sample(args):
             key.append([item, lang, *map(cell, told)])
     if len(sheet) == 1:
         raise DataError(f"{args.input}: no judge removed or kept anything; run 02_filter_false_negatives.py")
-    check_new(args, args.out + ".key.csv")
-    write_new(args, args.out, lambda file: csv.writer(file).writerows(sheet))
-    write_new(args, args.out + ".key.csv", lambda file: csv.writer(file).writerows(key))
+    tables = {args.out: sheet, f"{args.out}.key.csv": key}
+    for path in tables:
+        check_new(args, path)
+    for path, rows in tables.items():  # utf-8-sig: spreadsheets want the mark
+        with atomic(path) as temporary, open(temporary, "w", encoding="utf-8-sig", newline="") as file:
+            csv.writer(file).writerows(rows)
     say(f"{args.out}: {len(sheet) - 1} rows; {args.out}.key.csv: the judge's answers, not for annotators")
 
 

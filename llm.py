@@ -732,8 +732,9 @@ def parse_judgment(text, shown=()):
         if any("".join(source.split()) in passage for _, source in found for passage in passages):
             return None
     judgment = dict(zip(SCORES, judgments.pop()))
-    rest = functools.reduce(lambda rest, one: rest.replace(one[1], ""), found, text)
-    if any(judgment[name.lower()] != int(score) for name, score in ALSO.findall(rest)):
+    for _, source in found:
+        text = text.replace(source, "")
+    if any(judgment[name.lower()] != int(score) for name, score in ALSO.findall(text)):
         return None  # a draft beside what is no JSON
     return None if None in judgment.values() else judgment
 

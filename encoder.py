@@ -56,9 +56,8 @@ def flags_given(args, models):
     """The arguments of Encoder that are flags; DataError where --settings are none, or of no model here."""
     models = [model for model in models if model != "bm25"]
     names = list(map(short_name, models))
-    read_settings(args.settings, names)
-    for of in {setting.partition("=")[0].rpartition(":")[0] for setting in args.settings} - {""}:
-        if of not in [*models, *names]:
+    for of, _, _ in read_settings(args.settings):
+        if of not in ["", *models, *names]:
             raise DataError(f"--settings: {of!r} is not a model here; want one of {' '.join(names)}")
     flags = ("device", "query_max_len", "passage_max_len", "settings", "dtype")
     return {flag: getattr(args, flag) for flag in flags}
@@ -170,19 +169,16 @@ def model_digests(models):
             for number, model in enumerate(models)}
 
 
-def read_settings(texts, names):
-    """{key: value} of --settings KEY=VALUE or NAME:KEY=VALUE, for a model of these names; or DataError."""
-    settings = {}
+def read_settings(texts):
+    """[(model or "", key, value)] of --settings KEY=VALUE or MODEL:KEY=VALUE; or DataError."""
+    settings = []
     for text in texts:
         name, equals, value = text.partition("=")
         of, _, key = name.rpartition(":")
         if not equals or key not in SETTINGS or not re.fullmatch(SETTINGS[key], value, re.DOTALL):
             raise DataError(f"--settings: got {text!r}; want KEY=VALUE as --help explains, with KEY one of "
                             + ", ".join(SETTINGS))
-        if of in ("", *names):
-            settings[key] = value.replace("\\n", "\n")
-    if "normalise" in settings:
-        settings["similarity"] = "cosine" if settings["normalise"] == "yes" else "dot"
+        settings.append((of, key, value.replace("\\n", "\n")))
     return settings
 
 
@@ -321,7 +317,10 @@ class Encoder:
         self.n_read = {"query": 0, "passage": 0}
         self.n_cut = {"query": 0, "passage": 0}
         self.n_prompt = {"query": 0, "passage": 0}  # tokens, which some models do not pool
-        self.given = read_settings(settings, [self.name, str(name)])
+        own = ("", self.name, str(name))
+        self.given = {key: value for of, key, value in read_settings(settings) if of in own}
+        if "normalise" in self.given:
+            self.given["similarity"] = "cosine" if self.given["normalise"] == "yes" else "dot"
         with usable(self.folder, "no settings of an encoder"):
             said, assumed, others = maker_settings(self.folder, self.name)
         used = OTHERS | assumed | said | self.given

@@ -207,13 +207,13 @@ def open_text(path):
     return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
 
 
-def read_lines(path, blank=False):
-    """Yield (line number from 1, bytes) of lines that are not blank (or of all)."""
+def read_lines(path):
+    """Yield (line number from 1, bytes) of lines that are not blank."""
     with open_text(path) as lines:
         number = 0
         try:
             for number, line in enumerate(lines, 1):
-                if blank or line.strip():
+                if line.strip():
                     yield number, line
         except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"{path}:{number + 1}: cannot be read ({error}); fetch it again") from None

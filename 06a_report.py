@@ -41,7 +41,7 @@ def build_parser():
 
 # --------------------------------------------------------------------------- what the stages left
 
-def gather(folder, lang=None, limit=None):
+def read_run(folder, lang=None, limit=None):
     """({name: content, empty where there is none}, [files that were read])."""
     paths = {name: folder / file for name, file in FILES.items()}
     there = [path for path in paths.values() if path.is_file()]
@@ -375,7 +375,7 @@ def compose(found, folder):
 def main(argv=None):
     args = build_parser().parse_args(argv)
     folder, out = Path(args.run), Path(args.out)
-    found, inputs = gather(folder, args.lang, args.limit)
+    found, inputs = read_run(folder, args.lang, args.limit)
     output = Output(args, inputs, out=out / "report.md")
     output.meta["arguments"]["stale"] = found["stale"]
     if output.is_done():

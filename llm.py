@@ -778,7 +778,7 @@ def choose_reference(record, candidate, which="first"):
     return max(positives, key=lambda positive: likeness(positive, candidate))  # the first of equals
 
 
-def json_object(text):
+def settings_of_requests(text):
     """For argparse: what is added to requests, but for what makes them those of the stage."""
     try:
         settings = parse_line("the settings", 1, text.encode())
@@ -795,7 +795,7 @@ def server_flags(parser):
     """The flags of every stage that asks a server."""
     flag = parser.add_argument
     flag("--base-url", metavar="URL", help="the server; default: OPENAI_BASE_URL")
-    flag("--llm-settings", type=json_object, metavar="JSON",
+    flag("--llm-settings", type=settings_of_requests, metavar="JSON",
          help="""added to each request, such as {"reasoning_effort": "low"}; null leaves a parameter out""")
     flag("--llm-version", metavar="TEXT", help="tells models of one name apart, where the server does not")
     flag("--concurrency", type=positive_int, default=64,

@@ -338,7 +338,7 @@ def test_a_long_title_and_note_stay_inside_the_figure(report):
 def test_the_papers_columns_are_of_the_backbone_and_called_a_reference(report, tmp_path):
     def scores(name, encoder):
         run = make_run(tmp_path / name, langs=LANGS, encoder=encoder)
-        return report.score_tables(report.gather(run)[0])
+        return report.score_tables(report.read_run(run)[0])
 
     text = scores("bge", "BAAI/bge-m3")
     assert "| paper: BM25 | paper: BGE | paper: Ours BGE |" in text

@@ -404,8 +404,8 @@ class Collection:
                 passages[docid] = {"docid": docid, "title": "", **passage}
         count["negatives that their query has already"] += len(own) - len({p["docid"] for p in own})
         positives = [passages.pop(docid) for docid in self.positives(found)]
-        texts = {text_key(passage) for passage in positives}
-        twins = [docid for docid, passage in passages.items() if text_key(passage) in texts
+        own_texts = {text_key(passage) for passage in positives}
+        twins = [docid for docid, passage in passages.items() if text_key(passage) in own_texts
                  or hash((lang, normalise(record["query"]), docid)) in answers]
         count["negatives with a positive's text, or that answer the question under another id"] += len(twins)
         negatives = [passage | ({"source": "human"} if docid in found else {})

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (DataError, Parser, atomic, check_lang, dump, open_text, positive_int, progress,
+from common import (DataError, Parser, atomic, check_lang, dump, open_bytes, positive_int, progress,
                     read_queries, run, say)
 from llm import digest, from_flags, in_order, judge_candidates, judge_flags
 
@@ -172,7 +172,7 @@ def read_csv(path, columns):
     """[(line, row)] of a CSV file that has these columns."""
     csv.field_size_limit(2**31 - 1)  # the longest passage
     try:
-        with io.TextIOWrapper(open_text(path), "utf-8-sig", newline="") as file:
+        with io.TextIOWrapper(open_bytes(path), "utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, restval="")  # Excel leaves out the commas of last, empty cells
             names = reader.fieldnames or ()
             rows = [(reader.line_num, row) for row in reader if any(map(row.get, columns))]

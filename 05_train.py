@@ -24,8 +24,8 @@ from typing import NamedTuple
 import numpy as np
 
 from common import (DataError, Output, Parser, atomic, atomic_folder, dump, normalise, numbered_queries,
-                    open_text, parse_query, positive_float, positive_int, progress, run, say, share, text_key,
-                    whole)
+                    open_bytes, parse_query, positive_float, positive_int, progress, run, say, share,
+                    text_key, whole)
 from encoder import CPU_TOKENS, encoder_flags, faster, from_flags, keep_blocks, model_digests, usable
 from search import gather, world
 
@@ -83,7 +83,7 @@ def read_index(args):
     if args.input.endswith(".gz"):
         raise DataError(f"{args.input}: records are read by offset, which gzip does not allow; gunzip it")
     queries = []
-    with open_text(args.input) as lines:
+    with open_bytes(args.input) as lines:
         starts = [0, *accumulate(map(len, lines))]
     for number, record in numbered_queries(args.input, args.lang, args.limit, judged=True):
         key = record["lang"], record["query_id"]

@@ -198,8 +198,8 @@ def peak_mb():
 
 # --------------------------------------------------------------------------- lines, records, corpus
 
-def open_text(path):
-    """Open a plain or gzipped file for reading lines of bytes; DataError where it is missing."""
+def open_bytes(path):
+    """Open a plain or gzipped file, to be read in bytes; DataError where it is missing."""
     path = Path(path)
     if not path.is_file():
         stage = MADE_BY.get(path.name.split(".")[0])
@@ -209,7 +209,7 @@ def open_text(path):
 
 def read_lines(path):
     """Yield (line number from 1, bytes) of lines that are not blank."""
-    with open_text(path) as lines:
+    with open_bytes(path) as lines:
         number = 0
         try:
             for number, line in enumerate(lines, 1):
@@ -402,15 +402,15 @@ def batched(items, n):
 def corpus_files(data, lang):
     """A language's corpus files: corpus/<lang>.jsonl[.gz] or corpus/<lang>/*.jsonl[.gz], in name order."""
     root = Path(data) / "corpus"
-    whole = [path for path in (root / f"{lang}.jsonl", root / f"{lang}.jsonl.gz") if path.is_file()]
+    single = [path for path in (root / f"{lang}.jsonl", root / f"{lang}.jsonl.gz") if path.is_file()]
     parts = sorted(p for p in (root / lang).glob("*") if p.name.endswith((".jsonl", ".jsonl.gz")))
-    if not whole + parts:
+    if not single + parts:
         raise DataError(f"{root}/{lang}.jsonl not found; make it with 00_prepare_data.py, or change --lang")
     others = [path for path in (root / lang).glob("*.json*") if path not in parts]
-    if len(whole) + bool(parts) > 1 or others:
-        names = " ".join(path.name for path in whole + parts[:1] + others[:1])
+    if len(single) + bool(parts) > 1 or others:
+        names = " ".join(path.name for path in single + parts[:1] + others[:1])
         raise DataError(f"{root}: {names} for {lang}; want one CODE.jsonl[.gz], or one folder of such files")
-    return whole or parts
+    return single or parts
 
 
 def corpus_languages(data):
@@ -572,7 +572,7 @@ class Output:
             weakref.finalize(self, held.close)  # once the stage has ended, however
         place = self.path.resolve()
         for path in inputs:
-            open_text(path).close()  # DataError where it is missing, with the stage that makes it
+            open_bytes(path).close()  # DataError where it is missing, with the stage that makes it
             if place in (Path(path).resolve(), *Path(path).resolve().parents):
                 raise DataError(f"{self.path} is where the input lies ({path}); choose another --out")
         given = vars(args)

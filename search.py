@@ -265,8 +265,8 @@ class Ensemble:
             block = {name: encoder.load_rows(self.vectors_file(name, key), n) for name in self.encoders}
             docids = self.docids(key, n)
             for name, passages in self.compared(block, "passage").items():
-                scores, names, rows = nearest(queries[name], passages, docids, k)
-                found[name] = [best([*found[name], (scores, names, rows + first_row[number])], k)]
+                scores, near, rows = nearest(queries[name], passages, docids, k)
+                found[name] = [best([*found[name], (scores, near, rows + first_row[number])], k)]
         for name in found:
             parts = [part for of_process in gather(found[name]) for part in of_process]
             columns = zip(*(array.tolist() for array in best(parts, k)))

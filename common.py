@@ -534,6 +534,9 @@ def digest_folder(folder):
     paths = [Path(top, name) for top, _, names in os.walk(folder, followlinks=True) for name in names]
     files = sorted(path for path in paths if path.suffix in kinds and path.name != "build.json")
     lines = [f"{p.relative_to(folder).as_posix()} {digest_file(p)}\n" for p in files]
+    base = read_json(Path(folder) / "adapter_config.json").get("base_model_name_or_path")
+    if base and Path(base).is_dir():
+        lines.append(digest_folder(base))
     return hashlib.blake2b("".join(lines).encode()).hexdigest()[:32]
 
 

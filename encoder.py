@@ -230,7 +230,7 @@ def check_tokenizer(tokenizer):
 def load_tokenizer(name):
     from transformers import AutoTokenizer
     folder = model_folder(name)
-    with usable(folder, "no tokenizer to be used"):
+    with usable(folder, "no tokenizer to be used", "name another one's model with --bm25-tokenizer"):
         tokenizer = check_tokenizer(AutoTokenizer.from_pretrained(folder))
         if not tokenizer.is_fast:
             raise ValueError("it is written in Python and tells no offsets")
@@ -272,7 +272,8 @@ def load_model(folder, device):
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # whatever it is, it is masked
         if tokenizer.pad_token is None:
             raise ValueError("its tokenizer has neither a padding nor an end token")
-        n_tokens = len(tokenizer)
+        special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        n_tokens = 1 + max(set(tokenizer.get_vocab().values()) - special)  # some have no row, as of images
         n_rows = model[0].model.get_input_embeddings().num_embeddings
         if n_tokens > n_rows:
             raise ValueError(f"its tokenizer has {n_tokens} tokens, its model {n_rows}: files of two models")
@@ -386,6 +387,11 @@ class Encoder:
         if max(used.values()) > n_positions:
             raise DataError(f"{self.name}: {max(used.values())} tokens asked for, the model has "
                             f"{n_positions} positions; ask for less")
+        for kind, prompt in self.prefix.items():
+            n = len(self.model.tokenizer(prompt)["input_ids"]) if prompt else 0
+            if n >= used[kind]:
+                raise DataError(f"{self.name}: its prompt alone takes {n} of {used[kind]} tokens ({kind}); raise "
+                                f"--{kind}-max-len, or name a shorter one with --settings")
         return used
 
     @cached_property
@@ -430,6 +436,10 @@ class Encoder:
         fed = self.model.preprocess(texts, prompt=self.prefix[kind], task=TASKS[kind],
                                     max_length=self.max_len[kind])
         mask = fed["attention_mask"].bool()                                                    # (N, L)
+        beyond = fed["input_ids"] >= self.model[0].model.get_input_embeddings().num_embeddings  # (N, L)
+        for row in beyond.any(1).nonzero():
+            raise DataError(f"{self.name}: a token of {texts[row][:60]!r} has no vector in the model; take the "
+                            "text out")
         if "token_type_ids" in fed and fed["token_type_ids"][mask].any():
             raise DataError(f"{self.folder}: its tokenizer gives token types, which are not read here; take "
                             "another model")

@@ -325,12 +325,15 @@ class BM25:
     def __init__(self, ensemble, tokenizer=None):
         self.ensemble = ensemble
         self.tokenizer = tokenizer and encoder.load_tokenizer(tokenizer)
+        self.rule = self.tokenizer.backend_tokenizer.to_str() if tokenizer else UNSPACED
+        self.of_bytes = '"ByteLevel"' in self.rule  # as of GPT-2, Qwen, ModernBERT
         self.words = {}  # {number: sub-word} of those with a letter, mark or digit, or a byte of one
         special = self.tokenizer.all_special_ids if tokenizer else ()
         for i in range(len(self.tokenizer or ())):
             word = self.tokenizer.convert_ids_to_tokens(i) or ""
-            letter = any(unicodedata.category(c)[0] in "LMN" for c in word)
-            if i not in special and (letter or "\ufffd" in self.tokenizer.decode([i])):
+            shown = self.tokenizer.decode([i]) if self.of_bytes else word
+            letter = "\ufffd" in shown or any(unicodedata.category(c)[0] in "LMN" for c in shown)
+            if i not in special and letter:
                 self.words[i] = word
 
     def terms(self, texts):
@@ -338,8 +341,10 @@ class BM25:
         texts = [unicodedata.normalize("NFKC", text).casefold() for text in texts]
         if self.tokenizer is None:
             return [words_of(text) for text in texts]
+        if self.of_bytes:  # which have a word twice: behind a blank, and at the beginning of a line
+            texts = [" " + " ".join(text.split()) for text in texts]
         rows = []
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         for text, ids, spans in zip(texts, encoded["input_ids"], encoded["offset_mapping"]):
             rows.append([])
             for i, (start, end) in zip(ids, spans):
@@ -352,8 +357,7 @@ class BM25:
         """(bm25s index, (M,) docids) of a language, made by the first process where the cache has none."""
         import bm25s
         shards = self.ensemble.shards(lang)
-        rule = self.tokenizer.backend_tokenizer.to_str() if self.tokenizer else UNSPACED
-        state = json.dumps([rule, list(self.words), shards])
+        state = json.dumps([self.rule, list(self.words), shards])
         folder = self.ensemble.cache / "bm25" / hashlib.blake2b(state.encode()).hexdigest()[:32]
         if world()[0] == 0:
             with lock(folder):
@@ -373,6 +377,8 @@ class BM25:
                 for terms in self.terms([passage_text(passage) for passage in passages]):
                     numbers = [vocabulary.setdefault(term, len(vocabulary)) for term in terms]
                     ids.append(np.array(numbers, np.int32))  # not terms: a third of the memory
+        if not vocabulary:
+            raise DataError(f"{self.ensemble.data}/corpus/{lang}: no passage has a word; leave bm25 out")
         index = bm25s.BM25(method="lucene")
         index.index((ids, vocabulary), show_progress=False)
         with atomic_folder(folder) as temporary:

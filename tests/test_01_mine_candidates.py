@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, load_stage, run_stage
 from tiny_models import random_bert, save_tokenizer, word_model
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 import common
@@ -932,6 +932,25 @@ def test_sub_words_of_marks_alone_and_bytes_of_letters_are_terms_and_punctuation
         ["\u0bb8", "\u0bb4", "?!."]
     )  # of three bytes, the last of which look like symbols
     assert left != right and dots == []
+
+
+def test_a_word_of_a_byte_level_tokenizer_is_one_term_wherever_it_stands(tmp_path):
+    """As GPT-2's and Qwen's, whose sub-words hold the blank before them, and punctuation with it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = ["Mji wa Nairobi ( mji ) , Nairobi 。 "] * 9 + ["nairobi mji"] * 9
+    trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator([*texts, *map(str.casefold, texts)], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "bpe")
+    terms = BM25(Alone(), str(tmp_path / "bpe")).terms(["Nairobi", "mji\nNairobi", "wa ( , 。", "?"])
+    assert terms == [["Ġnairobi"], ["Ġmji", "Ġnairobi"], ["Ġwa"], []]
+
+
+def test_a_corpus_without_a_word_has_no_bm25(tmp_path):
+    write(tmp_path / "corpus/sw.jsonl", [{"docid": "1", "title": "", "text": "🙂🙂"}])
+    with pytest.raises(DataError, match="corpus/sw: no passage has a word; leave bm25 out"):
+        Ensemble(["bm25"], tmp_path, tmp_path / "cache").rank("sw", ["nini"], 3)
 
 
 def test_a_tokenizer_that_tells_no_offsets_is_refused_in_one_line(tmp_path):

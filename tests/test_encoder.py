@@ -538,6 +538,36 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
         Encoder(folder, "cpu").encode(["w1"], "query")
 
 
+def test_a_special_token_without_a_row_harms_nobody_who_does_not_write_it(tmp_path):
+    """EmbeddingGemma's tokenizer has one for images, its model none."""
+    folder = Path(random_bert(tmp_path / "model", WORDS))
+    before = Encoder(str(folder), "cpu").encode(["w1 w2"], "query")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(folder)
+    ours = Encoder(str(folder), "cpu")
+    assert np.array_equal(ours.encode(["w1 w2"], "query"), before)
+    with pytest.raises(DataError, match="model: a token of 'w2 <image>' has no vector in the model"):
+        ours.encode(["w1", "w2 <image>"], "query")
+
+
+def test_a_prompt_that_leaves_no_room_for_the_text_is_refused(tmp_path):
+    folder = random_bert(tmp_path / "model", WORDS)
+    prompt = "query_prefix=" + " ".join(WORDS[:8]) + " "
+    assert len(Encoder(folder, "cpu", 11, settings=[prompt]).encode(["w1"], "query")) == 1
+    with pytest.raises(DataError, match=r"prompt alone takes 10 of 10 tokens \(query\); raise --query-max-len"):
+        Encoder(folder, "cpu", 10, settings=[prompt]).encode(["w1"], "query")
+
+
+def test_an_adapter_is_another_one_where_its_base_is(tmp_path):
+    folder = Path(random_bert(tmp_path / "adapter", WORDS))
+    base = Path(random_bert(tmp_path / "base", WORDS))
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    before = encoder.digest_folder(folder)
+    random_bert(base, WORDS, seed=1)
+    assert encoder.digest_folder(folder) != before
+
+
 def test_only_a_pooler_that_nothing_reads_may_be_missing(tmp_path):
     folder = Path(random_bert(tmp_path / "model", WORDS))
     vectors = Encoder(str(folder), "cpu").encode(texts(3), "query")

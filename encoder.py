@@ -390,8 +390,8 @@ class Encoder:
         for kind, prompt in self.prefix.items():
             n = len(self.model.tokenizer(prompt)["input_ids"]) if prompt else 0
             if n >= used[kind]:
-                raise DataError(f"{self.name}: its prompt alone takes {n} of {used[kind]} tokens ({kind}); raise "
-                                f"--{kind}-max-len, or name a shorter one with --settings")
+                raise DataError(f"{self.name}: the prompt alone has {n} of {used[kind]} tokens ({kind}); "
+                                f"raise --{kind}-max-len, or name a shorter one with --settings")
         return used
 
     @cached_property
@@ -438,8 +438,8 @@ class Encoder:
         mask = fed["attention_mask"].bool()                                                    # (N, L)
         beyond = fed["input_ids"] >= self.model[0].model.get_input_embeddings().num_embeddings  # (N, L)
         for row in beyond.any(1).nonzero():
-            raise DataError(f"{self.name}: a token of {texts[row][:60]!r} has no vector in the model; take the "
-                            "text out")
+            raise DataError(f"{self.name}: a token of {texts[row][:60]!r} has no vector in the model; take "
+                            "that text out")
         if "token_type_ids" in fed and fed["token_type_ids"][mask].any():
             raise DataError(f"{self.folder}: its tokenizer gives token types, which are not read here; take "
                             "another model")

@@ -220,7 +220,8 @@ def test_what_was_relabelled_is_sampled_among_the_removed(sheet, tmp_path):
         for n, row in enumerate(rows)]
     path = write(tmp_path / "relabelled.jsonl", rows)
     run("sample", "--input", path, "--out", tmp_path / "r.csv")
-    removed = {row["docid"]: row["grade"] for row in read(tmp_path / "r.csv.key.csv") if row["removed"] == "1"}
+    key = read(tmp_path / "r.csv.key.csv")
+    removed = {row["docid"]: row["grade"] for row in key if row["removed"] == "1"}
     assert len(removed) == 4 * 4 and all(removed[f"new{n}"] == "2" for n in range(4))
 
 

@@ -555,7 +555,7 @@ def test_a_prompt_that_leaves_no_room_for_the_text_is_refused(tmp_path):
     folder = random_bert(tmp_path / "model", WORDS)
     prompt = "query_prefix=" + " ".join(WORDS[:8]) + " "
     assert len(Encoder(folder, "cpu", 11, settings=[prompt]).encode(["w1"], "query")) == 1
-    with pytest.raises(DataError, match=r"prompt alone takes 10 of 10 tokens \(query\); raise --query-max-len"):
+    with pytest.raises(DataError, match=r"alone has 10 of 10 tokens \(query\); raise --query-max-len"):
         Encoder(folder, "cpu", 10, settings=[prompt]).encode(["w1"], "query")
 
 
@@ -808,7 +808,8 @@ def test_an_intel_keeps_the_products_of_torch_which_are_its_faster_ones(monkeypa
 def test_bf16_on_a_processor_that_has_none_is_told(flag, monkeypatch, tmp_path, capsys):
     folder = random_bert(tmp_path / "bert", WORDS)
     for has in (False, True):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, flag: has})  # noqa: B023
+        found = {"avx512_f": True, flag: has}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
         for dtype in ("fp32", "bf16"):
             Encoder(folder, "cpu", dtype=dtype).model  # noqa: B018
             said = "cpu has no bf16 of its own; --dtype fp32 is several times faster"

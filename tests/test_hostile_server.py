@@ -1,4 +1,4 @@
-"""Servers that answer what no server should, over a real socket: that costs its prompt at most, and no run."""
+"""Servers that answer what none should, over a real socket: that costs its prompt at most, and no run."""
 
 import asyncio
 import json
@@ -19,7 +19,8 @@ N = 24  # calls of two records
 
 def good(body, **more):
     message = {"role": "assistant", "content": json.dumps(answer(body["messages"][-1]["content"]))}
-    return {"choices": [{"index": 0, "finish_reason": "stop", "message": message}], "model": body["model"]} | more
+    choice = {"index": 0, "finish_reason": "stop", "message": message}
+    return {"choices": [choice], "model": body["model"]} | more
 
 
 def judged(tmp_path, manner, *flags, **settings):
@@ -145,7 +146,7 @@ def test_a_bug_in_what_reads_the_answers_ends_the_process(tmp_path):
 
 def test_stderr_may_be_closed_or_full(tmp_path):
     write(tmp_path / "in.jsonl", records(1, 3, 0))
-    command = f"{sys.executable} {ROOT}/02_filter_false_negatives.py --input in.jsonl --llm judge --cache cache"
+    command = f"{sys.executable} {ROOT}/02_filter_false_negatives.py --input in.jsonl --llm judge --cache c"
     with Running() as server:
         env = os.environ | {"OPENAI_BASE_URL": server.url}
         closed = subprocess.run(["sh", "-c", f"{command} --out a.jsonl 2>&-"], cwd=tmp_path, env=env)

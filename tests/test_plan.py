@@ -514,6 +514,12 @@ def test_a_path_may_end_in_a_slash_and_n_bounds_the_negatives_that_train_does_no
         assert re.findall("--negatives [0-9]", dry(copy, *words)["05_train.py"][1]) == [flag]
 
 
+def told(copy, *words):
+    """The commands that make would run."""
+    command = ["make", "-n", *words]
+    return subprocess.run(command, cwd=copy, env=OUTSIDE, capture_output=True, text=True).stdout
+
+
 def test_a_collection_that_is_there_is_used_as_it_is(copy):
     """Unless its source is named, or is the sample; and `make clean` leaves it."""
     (copy / "data/mine").mkdir(parents=True)
@@ -522,22 +528,19 @@ def test_a_collection_that_is_there_is_used_as_it_is(copy):
     commands = dry(copy, *kept)
     assert "00_prepare_data.py" not in commands and " --out runs/mine/model " in commands["05_train.py"][1]
     assert "00_prepare_data.py" in dry(copy, *kept, "DATA_SOURCE=beir")
-    clean = subprocess.run(["make", "-n", "clean", *kept], cwd=copy, env=OUTSIDE, capture_output=True, text=True)
-    assert "runs/mine" in clean.stdout and "data/mine" not in clean.stdout
-    named = subprocess.run(["make", "-n", "clean", *kept, "DATA_SOURCE=beir"], cwd=copy, env=OUTSIDE,
-                           capture_output=True, text=True).stdout
+    clean = told(copy, "clean", *kept)
+    assert "runs/mine" in clean and "data/mine" not in clean
+    named = told(copy, "clean", *kept, "DATA_SOURCE=beir")
     assert "runs/mine" in named and "data/mine" not in named  # 00 did not make it
     (copy / "models/mine").mkdir(parents=True)  # somebody's: no build.json
-    clean = subprocess.run(["make", "-n", "clean", *kept], cwd=copy, env=OUTSIDE, capture_output=True, text=True)
-    assert "models" not in clean.stdout
-    quality = ["make", "-n", "judge-quality", *kept]
-    told = subprocess.run(quality, cwd=copy, env=OUTSIDE, capture_output=True, text=True).stdout
-    assert "--truth" not in told and "--out results/judge-quality-mine" in told
+    clean = told(copy, "clean", *kept)
+    assert "models" not in clean
+    quality = told(copy, "judge-quality", *kept)
+    assert "--truth" not in quality and "--out results/judge-quality-mine" in quality
     (copy / "data/mine.meta.json").write_text('{"arguments": {\n "source": "sample"}}')
     assert "00_prepare_data.py" in dry(copy, *kept)
-    assert " --out models/mine" in subprocess.run(
-        ["make", "-n", "encoder", *kept, "SEED=14"], cwd=copy, env=OUTSIDE, capture_output=True, text=True
-    ).stdout.replace(" --seed 14", " seed")
+    made = told(copy, "encoder", *kept, "SEED=14")
+    assert " --out models/mine" in made.replace(" --seed 14", " seed")
 
 
 @pytest.mark.parametrize("words, told", [

@@ -325,8 +325,8 @@ class BM25:
     def __init__(self, ensemble, tokenizer=None):
         self.ensemble = ensemble
         self.tokenizer = tokenizer and encoder.load_tokenizer(tokenizer)
-        self.rule = self.tokenizer.backend_tokenizer.to_str() if tokenizer else UNSPACED
-        self.of_bytes = '"ByteLevel"' in self.rule  # as of GPT-2, Qwen, ModernBERT
+        # as of GPT-2, Qwen, ModernBERT
+        self.of_bytes = tokenizer and "ByteLevel" in str(self.tokenizer.backend_tokenizer.pre_tokenizer)
         self.words = {}  # {number: sub-word} of those with a letter, mark or digit, or a byte of one
         special = self.tokenizer.all_special_ids if tokenizer else ()
         for i in range(len(self.tokenizer or ())):
@@ -357,7 +357,8 @@ class BM25:
         """(bm25s index, (M,) docids) of a language, made by the first process where the cache has none."""
         import bm25s
         shards = self.ensemble.shards(lang)
-        state = json.dumps([self.rule, list(self.words), shards])
+        rule = self.tokenizer.backend_tokenizer.to_str() if self.tokenizer else UNSPACED
+        state = json.dumps([rule, list(self.words), shards])
         folder = self.ensemble.cache / "bm25" / hashlib.blake2b(state.encode()).hexdigest()[:32]
         if world()[0] == 0:
             with lock(folder):

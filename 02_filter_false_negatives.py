@@ -17,7 +17,6 @@ Cost    a call a candidate (MIRACL: 1.6 million; --dry-run tells), 1 ms of a cor
 import asyncio
 import contextlib
 import functools
-import itertools
 import re
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -191,8 +190,9 @@ def report(args, table, reasons, llms):
     """Say what became of the candidates; DataError where too few were judged or none is left."""
     total = sum(table.values(), Counter())
     for lang, n in sorted(table.items()):
-        rate = (n["removed"] + n["relabelled"]) / max(1, n["judged"])
-        say(f"{lang}: {n['candidates']} candidates, human {n['human']}; of {n['judged']} judged {rate:.1%} "
+        n_judged = n["judged"] - n["unjudged"]
+        rate = (n["removed"] + n["relabelled"]) / max(1, n_judged)
+        say(f"{lang}: {n['candidates']} candidates, human {n['human']}; of {n_judged} judged {rate:.1%} "
             f"false negatives; removed {n['removed']}, kept {n['kept']}, unjudged {n['unjudged']}"
             + (f"; {n['positives']} more are positives, left out" if n["positives"] else "")
             + (f", relabelled as positives {n['relabelled']}" if args.relabel_at else ""))
@@ -264,12 +264,11 @@ def dry_run(args):
 def export(args):
     """Write what is still to be asked as OpenAI batch files, one model a file: FILE, FILE-2, ..."""
     path = Path(args.batch_export)
-    numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
-    old = [path] * path.exists() + list(itertools.takewhile(Path.exists, numbered))
-    for earlier in old:
-        if not args.overwrite or b'"method": "POST"' not in open(earlier, "rb").readline():
-            raise DataError(f"{earlier} exists; choose another --batch-export, or pass --overwrite, which "
-                            "replaces an earlier export and nothing else")
+    named_so = [p for p in (path, *path.parent.glob(f"{path.stem}-*{path.suffix}"))
+                if p.is_file() and re.fullmatch(r"|-\d+", p.stem.removeprefix(path.stem))]
+    old = [p for p in named_so if b'"method": "POST"' in open(p, "rb").readline()]
+    if old and not args.overwrite:
+        raise DataError(f"{old[0]} exists; pass --overwrite or another --batch-export")
     paths = []
     files = {}  # model -> the file that is being filled
     n_lines = Counter()  # of a file
@@ -285,6 +284,8 @@ def export(args):
             if file is None or n_lines[file] == BATCH_REQUESTS or file.tell() + len(line) > BATCH_BYTES:
                 number = f"-{len(paths) + 1}" if paths else ""
                 paths.append(path.with_stem(path.stem + number))
+                if paths[-1].exists() and paths[-1] not in old:
+                    raise DataError(f"{paths[-1]} exists and is no export; choose another --batch-export")
                 temporary = finished.enter_context(common.atomic(paths[-1]))
                 file = files[llm.model] = finished.enter_context(open(temporary, "wb"))
             file.write(line)

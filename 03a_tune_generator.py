@@ -300,9 +300,9 @@ def main(argv=None):
     output = Output(args, [args.instructions], models, parts=["*"])  # not merged/
     del output.meta["arguments"]["merge"]  # the adapter is the same without it
     if not output.is_done():
-        for folder in Path(args.out).glob("*/"):
-            if folder.name != "merged" or not args.overwrite:
-                raise DataError(f"{folder} is of another adapter, or somebody else's; move it away")
+        for folder in Path(args.out).glob("[!.]*/"):
+            if folder.name not in ("merged", "additional_chat_templates"):
+                raise DataError(f"{folder} was not made by this script; move it away")
         if args.translate:
             asyncio.run(translate_all(args, output))
         else:

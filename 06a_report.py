@@ -198,14 +198,18 @@ def by_language(found, counts):
 
 
 def removed_shares(found):
-    """{lang: (judged, found false, %)} of the judge; `all` is of all candidates, as Table 8's average is.
+    """{lang: (judged, found false, %)} of the judge; `all` is of all languages' together, as in Table 8.
 
     Those that people judged are no matter of the judge; those relabelled as positives are found false, too.
     """
     counts = by_language(found, found["filtered"].get("counts", {}).get("by_lang", {}))
-    n_false = {lang: of["removed"] + of["relabelled"] for lang, of in counts.items()}
-    return {lang: (of["judged"], n_false[lang], 100 * n_false[lang] / of["judged"])
-            for lang, of in counts.items() if of["judged"]}
+    shares = {}
+    for lang, of in counts.items():
+        n_judged = of["judged"] - of["unjudged"]
+        n_false = of["removed"] + of["relabelled"]
+        if n_judged:
+            shares[lang] = n_judged, n_false, 100 * n_false / n_judged
+    return shares
 
 
 def removed_table(found):
@@ -288,11 +292,11 @@ def removed_figure(found, axis):
     share = {lang: percent for lang, (_, _, percent) in removed_shares(found).items()}
     by_share = sorted(set(share) - {"all"}, key=share.get)
     low, top = by_share[0], by_share[-1]
-    title = (f"The judge removes {share['all']:.1f}% of the candidates, from {share[low]:.1f}% ({low}) to "
-             f"{share[top]:.1f}% ({top}); the paper's, on its data, {ELIMINATED['all']}%")
+    title = (f"The judge finds {share['all']:.1f}% of the candidates false negatives, from {share[low]:.1f}% "
+             f"({low}) to {share[top]:.1f}% ({top}); the paper's, on its data, {ELIMINATED['all']}%")
     series = {"paper, Table 8 (full MIRACL, its judge)": [ELIMINATED.get(lang, np.nan) for lang in share],
               "this run": list(share.values())}
-    draw_bars(axis, list(share), series, "removed candidates (%)")
+    draw_bars(axis, list(share), series, "false negatives among the judged (%)")
     return title
 
 

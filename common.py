@@ -65,13 +65,17 @@ def run(main):
         status = 143
         signal.raise_signal(signal.SIGINT)  # for which asyncio, too, ends in good order
 
+    def last_words(text):
+        with contextlib.suppress(OSError):  # stderr may be what is full
+            say(" ".join(text.split()))
+
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's `&` and nohup turn off
     signal.signal(signal.SIGTERM, terminate)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # a shell's `2>&-`
     try:
         sys.exit(main())
     except DataError as error:
-        say(" ".join(str(error).split()))
+        last_words(str(error))
         sys.exit(2)
     except Exception as error:
         if not of_disk_or_reader(error):
@@ -79,13 +83,11 @@ def run(main):
             raise
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
-        told = " ".join(str(error).split())
-        with contextlib.suppress(OSError):  # stderr may be what is full
-            say(f"{told}; mend that (a full disk?): the same command goes on with what there is")
+        last_words(f"{error}; mend that (a full disk?): the same command goes on with what there is")
         sys.exit(2)
     except KeyboardInterrupt:
         again = "the same command" + " without --overwrite" * ("--overwrite" in sys.argv)
-        say(f"stopped; {again} goes on with what there is")
+        last_words(f"stopped; {again} goes on with what there is")
         sys.exit(status)
     finally:
         distributed = sys.modules.get("torch.distributed")
@@ -496,6 +498,14 @@ def lock(path, wait=True):
         file.close()
 
 
+def to_disk(path):
+    """Else a power cut may leave the name of a file, or of a folder's, without the content."""
+    for part in [path, *(part for part in path.rglob("*") if not part.is_symlink())]:
+        descriptor = os.open(part, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
 def atomic(path):
     """A temporary path, for a file or a folder, that replaces path when the block ends well, else goes."""
@@ -504,10 +514,7 @@ def atomic(path):
     temporary = beside(path, f"{os.getpid()}.tmp")
     try:
         yield temporary
-        for part in [temporary, *(path for path in temporary.rglob("*") if not path.is_symlink())]:
-            descriptor = os.open(part, os.O_RDONLY)
-            os.fsync(descriptor)  # else a power cut may leave the name without the content
-            os.close(descriptor)
+        to_disk(temporary)
         if path.exists() and temporary.is_dir():
             path.rename(beside(path, "old"))
         temporary.rename(path)
@@ -535,7 +542,7 @@ def digest_folder(folder):
     files = sorted(path for path in paths if path.suffix in kinds and path.name != "build.json")
     lines = [f"{p.relative_to(folder).as_posix()} {digest_file(p)}\n" for p in files]
     base = read_json(Path(folder) / "adapter_config.json").get("base_model_name_or_path")
-    if base and Path(base).is_dir():
+    if base and Path(base).is_dir() and not Path(base).samefile(folder):
         lines.append(digest_folder(base))
     return hashlib.blake2b("".join(lines).encode()).hexdigest()[:32]
 
@@ -623,7 +630,7 @@ class Output:
             say(f"{self.path} is up to date")
             return True
         others = min(found.keys() - made.keys(), default=None)
-        if others:
+        if others and (made or not self.parts):  # an adapter of earlier versions has no list of its files
             raise DataError(f"{self.path} holds {others}, which this script did not make; move it away, or "
                             "take another --out")
         if not self.overwrite:
@@ -645,6 +652,7 @@ class Output:
         """Complete the meta file, for a folder before it gets its name, and print the closing line."""
         if folder:
             self.meta["files"] = self.digests(Path(folder))
+            to_disk(Path(folder))  # takes long; a kill between meta file and rename has the folder refused
         self._write_meta(counts)
         told = [f"{k.replace('_', ' ')} {v}" for k, v in counts.items() if not isinstance(v, (dict, list))]
         told += [f"{self.meta['seconds']} s", f"peak {self.meta['peak_memory_mb']} MB"]

@@ -273,6 +273,7 @@ def load_model(folder, device):
         if tokenizer.pad_token is None:
             raise ValueError("its tokenizer has neither a padding nor an end token")
         special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special -= {*tokenizer("")["input_ids"], tokenizer.pad_token_id}  # those are in every text
         n_tokens = 1 + max(set(tokenizer.get_vocab().values()) - special)  # some have no row, as of images
         n_rows = model[0].model.get_input_embeddings().num_embeddings
         if n_tokens > n_rows:

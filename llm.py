@@ -235,7 +235,7 @@ class LLM:
         except httpx2.InvalidURL:
             known = False
         if not known:
-            shown = re.sub("//[^/@]*@", "//***@", url)  # a password
+            shown = re.sub("//.*@", "//***@", url)  # a password
             raise DataError(f"--base-url or OPENAI_BASE_URL is {shown!r}; want http://HOST:PORT/v1")
         # aiohttp as the transport: twice the calls/s of the default one (bench/judge_throughput.py)
         http = openai.DefaultAioHttpClient(limits=httpx2.Limits(max_connections=self.concurrency))
@@ -691,7 +691,7 @@ def read_object(pairs):
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=read_object)
-LONGEST = 10_000  # characters of a judgment: what is below grows with their square in the worst case
+LONGEST = 50_000  # characters of an answer: what is below grows with their square in the worst case
 
 
 def json_objects(text):
@@ -722,7 +722,7 @@ def parse_judgment(text, shown=()):
     """
     if len(text) > LONGEST:
         return None
-    text = re.sub(r"^```(?:json)?\s*|\s*```$", "", text.strip())
+    text = re.sub(r"\A```(json)?", "", text.strip()).removesuffix("```").strip()
     found = [(answer, source) for answer, source in json_objects(text) if answer.keys() & set(SCORES)]
     judgments = {tuple(read_score(answer.get(name)) for name in SCORES) for answer, _ in found}
     if len(judgments) != 1:

@@ -326,7 +326,7 @@ class BM25:
         self.ensemble = ensemble
         self.tokenizer = tokenizer and encoder.load_tokenizer(tokenizer)
         # as of GPT-2, Qwen, ModernBERT
-        self.of_bytes = tokenizer and "ByteLevel" in str(self.tokenizer.backend_tokenizer.pre_tokenizer)
+        self.of_bytes = tokenizer and "ByteLevel" in repr(self.tokenizer.backend_tokenizer.pre_tokenizer)
         self.words = {}  # {number: sub-word} of those with a letter, mark or digit, or a byte of one
         special = self.tokenizer.all_special_ids if tokenizer else ()
         for i in range(len(self.tokenizer or ())):

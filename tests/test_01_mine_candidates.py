@@ -945,6 +945,11 @@ def test_a_word_of_a_byte_level_tokenizer_is_one_term_wherever_it_stands(tmp_pat
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "bpe")
     terms = BM25(Alone(), str(tmp_path / "bpe")).terms(["Nairobi", "mji\nNairobi", "wa ( , 。", "?"])
     assert terms == [["Ġnairobi"], ["Ġmji", "Ġnairobi"], ["Ġwa"], []]
+    steps = [pre_tokenizers.Split(Regex(mark), "isolated") for mark in "\n!,-;:"]  # as DeepSeek's, of seven
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "steps")
+    assert BM25(Alone(), str(tmp_path / "steps")).of_bytes
 
 
 def test_a_corpus_without_a_word_has_no_bm25(tmp_path):

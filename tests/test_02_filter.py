@@ -910,15 +910,18 @@ def test_the_share_of_false_negatives_is_of_the_judged_and_counts_the_relabelled
 def test_an_export_removes_its_own_earlier_files_alone(tmp_path):
     write(tmp_path / "in.jsonl", records(1))
     filter_(tmp_path, "", "--batch-export", tmp_path / "b.jsonl")
-    (tmp_path / "b-2.jsonl").write_bytes((tmp_path / "b.jsonl").read_bytes())
+    for name in ("b-2.jsonl", "b-4.jsonl"):  # the third was sent, and deleted
+        (tmp_path / name).write_bytes((tmp_path / "b.jsonl").read_bytes())
     others = {"b-answers.jsonl", "b-2-errors.jsonl", "b-1.jsonl", "b-2026.jsonl"}
     for name in others:
         (tmp_path / name).write_text("paid for")
     filter_(tmp_path, "", "--batch-export", tmp_path / "b.jsonl", "--overwrite")
     assert {path.name for path in tmp_path.glob("b*")} == {"b.jsonl", *others}
     for name in ("in.jsonl", "b-answers.jsonl"):
-        with pytest.raises(common.DataError, match="exists; choose another"):
+        with pytest.raises(common.DataError, match="exists and is no export; choose another"):
             filter_(tmp_path, "", "--batch-export", tmp_path / name, "--overwrite")
+        with pytest.raises(common.DataError, match="exists and is no export; choose another"):
+            filter_(tmp_path, "", "--batch-export", tmp_path / name)
 
 
 def test_an_import_keeps_its_version_and_what_was_usable(tmp_path):

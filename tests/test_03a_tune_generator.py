@@ -610,7 +610,7 @@ def test_merging_a_finished_adapter_does_not_tune_it_again(top):
 
 
 def test_a_folder_in_the_adapters_is_not_replaced(top, capsys):
-    """What was merged, for the same adapter is not made again; somebody's notes."""
+    """Unless it is the stage's own, which goes with it."""
     stage = load_stage("03a_tune_generator")
     flags = ["--base", top / "base", "--instructions", top / "chats.jsonl", "--device", "cpu", "--limit", 12]
     flags = [*map(str, flags), "--epochs", "1", "--out", str(top / "small")]
@@ -618,11 +618,17 @@ def test_a_folder_in_the_adapters_is_not_replaced(top, capsys):
     checkpoint.mkdir(parents=True)
     stage.main(flags)
     assert checkpoint.is_dir()
-    for name in ("notes", "merged"):
+    (top / "small/notes").mkdir()
+    with pytest.raises(stage.DataError, match="small/notes was not made by this script; move it away"):
+        stage.main([*flags, "--seed", "2"])
+    (top / "small/notes").rmdir()
+    for name in ("merged", "additional_chat_templates", ".merged.1.tmp"):
         (top / "small" / name).mkdir()
-        with pytest.raises(stage.DataError, match=f"small/{name} is of another adapter, or somebody else's"):
-            stage.main([*flags, "--seed", "2"])
-        (top / "small" / name).rmdir()
+    meta = json.loads((top / "small.meta.json").read_text("utf-8"))
+    meta.pop("files")  # as earlier versions
+    (top / "small.meta.json").write_text(json.dumps(meta), "utf-8")
+    stage.main([*flags, "--seed", "2"])
+    assert not (top / "small/merged").exists()
 
 
 def test_help_says_what_fits_on_one_gpu():

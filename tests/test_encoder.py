@@ -559,6 +559,15 @@ def test_a_prompt_that_leaves_no_room_for_the_text_is_refused(tmp_path):
         Encoder(folder, "cpu", 10, settings=[prompt]).encode(["w1"], "query")
 
 
+def test_a_padding_token_without_a_row_is_of_another_model(tmp_path):
+    folder = random_bert(tmp_path / "model", WORDS)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(DataError, match="files of two models"):
+        Encoder(folder, "cpu").encode(["w1"], "query")
+
+
 def test_an_adapter_is_another_one_where_its_base_is(tmp_path):
     folder = Path(random_bert(tmp_path / "adapter", WORDS))
     base = Path(random_bert(tmp_path / "base", WORDS))
@@ -566,6 +575,8 @@ def test_an_adapter_is_another_one_where_its_base_is(tmp_path):
     before = encoder.digest_folder(folder)
     random_bert(base, WORDS, seed=1)
     assert encoder.digest_folder(folder) != before
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder)}))
+    assert encoder.digest_folder(folder)  # an adapter may lie in its base's folder
 
 
 def test_only_a_pooler_that_nothing_reads_may_be_missing(tmp_path):

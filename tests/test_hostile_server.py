@@ -117,6 +117,8 @@ def test_a_judgment_is_short():
     assert llm.parse_judgment("accuracy" + " " * 1_000_000) is None
     assert llm.parse_judgment("{" * 1_000_000) is None
     assert llm.parse_judgment('{"accuracy": 0, "completeness": 0}' + " " * 5_000)
+    assert llm.parse_judgment("It is so. " * 2_000 + 'Thus {"accuracy": 0, "completeness": 0}')
+    assert llm.parse_judgment('```json\n{"accuracy": 0, "completeness": 0}\n```')
 
 
 BUG = """

@@ -106,7 +106,8 @@ def make_run(
                 "by_lang": {
                     lang: {
                         "candidates": 200 * i + 7,  # seven that people judged
-                        "judged": 200 * i,
+                        "judged": 200 * i + 3,
+                        "unjudged": 3,
                         "removed": 10 * i * i - 1,
                         "relabelled": 1,
                     }
@@ -236,7 +237,7 @@ def test_every_part_shows_the_numbers_of_the_stages(report, tmp_path):
     removed = section(text, "False negatives removed")
     assert row(removed, "Telugu (te)") == ["Telugu (te)", "400", "40", "10.0", "12.1"]
     assert row(removed, "**all**") == ["**all**", "2000", "300", "15.0", "19.5"]
-    assert "removes 15.0% of the candidates, from 5.0% (ja) to 20.0% (yo)" in removed
+    assert "finds 15.0% of the candidates false negatives, from 5.0% (ja) to 20.0% (yo)" in removed
     assert row(section(text, "Where the negatives"), "**all**") == [
         "**all**",
         "240",

@@ -190,14 +190,13 @@ def judges(args):
 def prepare(args, seed, folder):
     """Mined candidates with topics, from one positive a query."""
     data = folder / "data"
-    relevant = hide(args, seed, data)
+    hide(args, seed, data)
     lang = ["--lang", *args.lang] if args.lang else []
     common = ["--cache", folder.parent / "cache", "--seed", seed, *lang]
     stage(ROOT / "01_mine_candidates.py", "--data", data, "--retrievers", "bm25", args.encoder, "--fusion",
           "rrf", "--depth", args.depth, "--out", folder / "candidates.jsonl", *common)
     stage(ROOT / "04_cluster_topics.py", "--input", folder / "candidates.jsonl", "--encoder", args.encoder,
           "--out", folder / "topics.jsonl", *common)
-    return relevant
 
 
 def judge_name(row):
@@ -208,7 +207,7 @@ def variant(row):
     return f"{row['drop_at']}{'-relabelled' if row['relabel'] else ''}"
 
 
-def one_row(args, seed, row, folder, relevant):
+def one_row(args, seed, row, folder):
     """Filter, train, evaluate: the row with its figures."""
     name = judge_name(row)
     top = folder / name / variant(row)
@@ -227,7 +226,8 @@ def one_row(args, seed, row, folder, relevant):
     stage(ROOT / "05_train.py", "--input", top / "filled.jsonl", "--encoder", args.encoder, "--epochs",
           args.epochs, "--negatives", NEGATIVES, *flags, "--seed", seed, "--out", top / "model")
     found = evaluate(args, top / "model", top, top / "cache")
-    return row | {"seed": seed, "filled": n_filled, **removal(top / "filtered.jsonl", relevant), **found}
+    truth = json.loads((folder / "data/truth.json").read_text("utf-8"))
+    return row | {"seed": seed, "filled": n_filled, **removal(top / "filtered.jsonl", truth), **found}
 
 
 def fill(args, source, target, seed):
@@ -262,15 +262,16 @@ def evaluate(args, model, top, cache):
             "by_lang": {lang: r["ndcg@10"] for lang, r in rows.items() if lang != "avg"}}
 
 
-def removal(path, relevant):
+def removal(path, truth):
     """{candidates, hidden (relevant ones among them), removed, right}: what the filter did to the known
-    false negatives."""
+    false negatives. They are known by text, as by the judge: two queries may have one positive, and so one
+    text among what is planted for them."""
     counts = {"candidates": 0, "hidden": 0, "removed": 0, "right": 0}
     for record in read_queries(path):
-        known = relevant[record["lang"], record["query_id"]]
+        known = truth[record["query"]]["relevant"]
         relabelled = [p for p in record["positive_passages"] if p.get("source") == "relabelled"]
-        removed = [p["docid"] in known for p in record["false_negatives"] + relabelled]
-        kept = [p["docid"] in known for p in record["negative_passages"]]
+        removed = [fingerprint(passage_text(p)) in known for p in record["false_negatives"] + relabelled]
+        kept = [fingerprint(passage_text(p)) in known for p in record["negative_passages"]]
         for key, value in (("candidates", len(removed) + len(kept)), ("hidden", sum(removed) + sum(kept)),
                            ("removed", len(removed)), ("right", sum(removed))):
             counts[key] += value
@@ -446,12 +447,12 @@ def main(argv=None):
     done, saving = {(*(r[key] for key in KIND), r["seed"]) for r in result["rows"]}, Lock()
     todo = {seed: [r for r in judges(args) if (*r.values(), seed) not in done] for seed in args.seeds}
 
-    def do(seed, rows, folder, relevant):
+    def do(seed, rows, folder):
         """The rows of one judge, one after the other: they share its answers."""
         for row in rows:
             if args.minutes and time.time() - started > 60 * args.minutes:
                 return
-            made = one_row(args, seed, row, folder, relevant)
+            made = one_row(args, seed, row, folder)
             with saving:
                 result["rows"].append(made)
                 order = [*map(str, judges(args))]
@@ -463,10 +464,10 @@ def main(argv=None):
     for seed, rows in todo.items():
         if rows and not (args.minutes and time.time() - started > 60 * args.minutes):
             folder = work / f"seed-{seed}"
-            relevant = prepare(args, seed, folder)
+            prepare(args, seed, folder)
             with ThreadPoolExecutor(args.jobs) as pool:
                 of_judges = [list(of) for _, of in groupby(rows, judge_name)]
-                list(pool.map(lambda of_judge: do(seed, of_judge, folder, relevant), of_judges))
+                list(pool.map(lambda of_judge: do(seed, of_judge, folder), of_judges))
     n_rows = len(args.seeds) * len(judges(args))
     if len(result["rows"]) < n_rows:
         say(f"{path}: {len(result['rows'])} of {n_rows} rows are there; start again to go on")

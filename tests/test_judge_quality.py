@@ -120,6 +120,19 @@ def test_planted_positives_are_in_the_corpus_and_known_to_the_judge_alone(bench,
     assert judge("th 1?", None, planted[1]["text"])["accuracy"] == 0
 
 
+def test_what_is_removed_is_right_by_its_text(bench, tmp_path):
+    """Of two queries with one positive, what is planted for the one is relevant for the other."""
+    twin = {"docid": "planted:2:0", "title": "", "text": "the same"}
+    other = twin | {"docid": "5", "text": "another"}
+    record = {"query_id": "1", "lang": "th", "query": "?", "positive_passages": [twin | {"docid": "1"}],
+              "negative_passages": [other | {"docid": "6", "text": "hidden"}], "false_negatives": [twin, other]}
+    path = tmp_path / "filtered.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    truth = {"?": {"lang": "th", "relevant": [bench.fingerprint("the same"), bench.fingerprint("hidden")]}}
+    counts = {"candidates": 3, "hidden": 2, "removed": 2, "right": 1}
+    assert bench.removal(path, truth) == counts
+
+
 def test_the_judge_errs_at_the_rate_of_the_language(bench):
     texts = [f"passage {i}" for i in range(2000)]
     truth = {

@@ -261,7 +261,7 @@ def test_a_stopped_run_goes_on_with_the_rows_that_are_missing(bench, tmp_path, m
     collection(tmp_path / "data")
     asked, stop_at = [], 4
 
-    def one_row(args, seed, row, folder, relevant):
+    def one_row(args, seed, row, folder):
         if len(asked) == stop_at:
             raise KeyboardInterrupt
         asked.append((row["judge"], row["drop_at"], row["relabel"], seed))
@@ -277,7 +277,7 @@ def test_a_stopped_run_goes_on_with_the_rows_that_are_missing(bench, tmp_path, m
         }
 
     monkeypatch.setattr(bench, "one_row", one_row)
-    monkeypatch.setattr(bench, "prepare", lambda *a: {"relevant": 1})
+    monkeypatch.setattr(bench, "prepare", lambda *a: None)
     monkeypatch.setattr(bench, "evaluate", lambda *a: {"ndcg@10": 0.4, "by_lang": {"th": 0.4, "sw": 0.4}})
     command = [
         "--data",

@@ -264,9 +264,9 @@ def dry_run(args):
 def export(args):
     """Write what is still to be asked as OpenAI batch files, one model a file: FILE, FILE-2, ..."""
     path = Path(args.batch_export)
-    named_so = [p for p in (path, *path.parent.glob(f"{path.stem}-*{path.suffix}"))
-                if p.is_file() and re.fullmatch(r"|-\d+", p.stem.removeprefix(path.stem))]
-    old = [p for p in named_so if b'"method": "POST"' in open(p, "rb").readline()]
+    old = [p for p in (path, *path.parent.glob(f"{path.stem}-*{path.suffix}"))
+           if p.is_file() and re.fullmatch(r"|-\d+", p.stem.removeprefix(path.stem))
+           and b'"method": "POST"' in open(p, "rb").readline()]
     if old and not args.overwrite:
         raise DataError(f"{old[0]} exists; pass --overwrite or another --batch-export")
     paths = []

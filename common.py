@@ -499,7 +499,7 @@ def lock(path, wait=True):
 
 
 def to_disk(path):
-    """Else a power cut may leave the name of a file, or of a folder's, without the content."""
+    """Flush a file, or all of a folder: a power cut could leave the name without the content."""
     for part in [path, *(part for part in path.rglob("*") if not part.is_symlink())]:
         descriptor = os.open(part, os.O_RDONLY)
         os.fsync(descriptor)
